@@ -1,0 +1,60 @@
+# Everything a fresh machine needs is git, make and Python >= 3.10 with its venv module.
+#
+#   make PYTHON=python3.12 test           another interpreter
+#   make PIP_ARGS="..." reproduce         further options for pip, for instance
+#       "--extra-index-url https://download.pytorch.org/whl/cpu"  for a small CPU-only torch
+#   make ARGS="--data mnist" reproduce    further options for the experiment
+
+PYTHON ?= python3
+VENV ?= .venv
+DIST ?= dist
+PIP_ARGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help reproduce test lint wheel clean
+
+help:  ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+reproduce: $(VENV)/.installed-experiments  ## Install, measure, print the verdicts, draw the figures
+	$(BIN)/python -m experiments shortcut_depth $(ARGS)
+
+test: $(VENV)/.installed-test  ## Install and run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-lint  ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy conditioning experiments
+
+# The build runs without isolation, so that its setuptools is the pinned one. Going through the
+# source archive keeps files of the working tree out of the wheel that nobody ships.
+wheel: $(VENV)/.installed-lint  ## Build, check, install and import the wheel
+	rm -rf $(DIST) $(VENV)-wheel
+	$(BIN)/python -m build --no-isolation --outdir $(DIST) .
+	$(BIN)/twine check --strict $(DIST)/*
+	$(BIN)/python .ci/check_wheel.py $(DIST)/*.whl
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python $(PIP_INSTALL) $(DIST)/*.whl
+	cd $(VENV)-wheel && bin/python -c "import conditioning, experiments; print('imported', conditioning.__version__)"
+	cd $(VENV)-wheel && bin/python -m experiments
+	rm -rf $(VENV)-wheel
+
+clean:  ## Remove the environment, builds and caches
+	rm -rf $(VENV) $(VENV)-wheel $(DIST) build *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=...") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each extra: a second call has nothing to do until a requirement changes.
+$(VENV)/.installed-%: setup.cfg setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python $(PIP_INSTALL) -e ".[$*]"
+	@touch $@

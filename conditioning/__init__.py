@@ -1,0 +1,44 @@
+"""Measure the conditioning of neural networks, each number with its error."""
+
+from conditioning.krylov import lanczos, power_iteration
+from conditioning.operators import (
+    FunctionOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    JacobianOperator,
+    LinearOperator,
+    MatrixOperator,
+)
+from conditioning.spectrum import (
+    ConditionNumber,
+    Eigenvalues,
+    Estimate,
+    SpectralDensity,
+    condition_number,
+    eigenvalues,
+    index,
+    spectral_density,
+    trace,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConditionNumber",
+    "Eigenvalues",
+    "Estimate",
+    "FunctionOperator",
+    "GaussNewtonOperator",
+    "HessianOperator",
+    "JacobianOperator",
+    "LinearOperator",
+    "MatrixOperator",
+    "SpectralDensity",
+    "condition_number",
+    "eigenvalues",
+    "index",
+    "lanczos",
+    "power_iteration",
+    "spectral_density",
+    "trace",
+]

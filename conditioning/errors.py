@@ -1,0 +1,103 @@
+"""Named errors and warnings. Every text says what was found and what to do about it.
+
+Each class also derives from the built-in exception that fits, so that callers
+who know only ``ValueError`` or ``RuntimeError`` catch what they expect.
+"""
+
+from __future__ import annotations
+
+
+class ConditioningError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class InvalidArgumentError(ConditioningError, ValueError):
+    """An option is outside the range for which the result has a meaning."""
+
+
+class ShapeError(ConditioningError, ValueError):
+    """A vector, matrix or start block does not fit the operator's shape."""
+
+
+class NonFiniteError(ConditioningError, ValueError):
+    """A loss, gradient or product contains NaN or an infinity."""
+
+
+class NonScalarLossError(ConditioningError, ValueError):
+    """The loss is not one real number."""
+
+
+class LossWithoutGraphError(ConditioningError, RuntimeError):
+    """The loss does not depend on the parameters through autograd."""
+
+
+class NoTrainableParametersError(ConditioningError, ValueError):
+    """No parameter requires a gradient."""
+
+
+class ParameterSelectionError(ConditioningError, ValueError):
+    """``params`` names, matches or holds nothing that the model owns."""
+
+
+class UnsupportedParameterError(ConditioningError, TypeError):
+    """A parameter is integer, complex, sparse, or sharded."""
+
+
+class MixedDevicesError(ConditioningError, ValueError):
+    """Parameters, or parameters and data, live on different devices."""
+
+
+class MixedDtypesError(ConditioningError, TypeError):
+    """The data's dtype and the parameters' dtype cannot be multiplied."""
+
+
+class EmptyDataError(ConditioningError, ValueError):
+    """The data holds no batch, or a batch holds no sample."""
+
+
+class OneShotDataError(ConditioningError, TypeError):
+    """The data is a generator or iterator: a second product would see nothing."""
+
+
+class BatchFormatError(ConditioningError, TypeError):
+    """A batch is not of the form the operator was told to expect."""
+
+
+class RandomForwardError(ConditioningError, RuntimeError):
+    """Two evaluations of the same loss disagree: there is randomness in the forward pass."""
+
+
+class BatchNormTrainingError(RandomForwardError):
+    """A normalisation layer is in training mode, so the forward pass rewrites its buffers."""
+
+
+class DoubleBackwardError(ConditioningError, RuntimeError):
+    """An operation in the model has no second derivative in autograd."""
+
+
+class CompiledModelError(DoubleBackwardError):
+    """The model went through ``torch.compile``, which supports one backward pass only."""
+
+
+class AsymmetricOperatorError(ConditioningError, RuntimeError):
+    """<u, A v> and <v, A u> differ by more than rounding, so A is not a symmetric operator."""
+
+
+class DenseTooLargeError(ConditioningError, MemoryError):
+    """The dense matrix does not fit the memory budget."""
+
+
+class ConditioningWarning(UserWarning):
+    """Base class of every warning that this package issues on purpose."""
+
+
+class UnusedParameterWarning(ConditioningWarning):
+    """A selected parameter does not influence the loss: its rows of the Hessian are zero."""
+
+
+class MixedDtypeWarning(ConditioningWarning):
+    """The selected parameters have several dtypes: products are as good as the coarsest."""
+
+
+class NonsmoothPointWarning(ConditioningWarning):
+    """The parameters sit on a kink, where autograd's second derivative is a convention."""
