@@ -1,0 +1,196 @@
+"""Run the cells of a sweep one after the other, with a progress bar and nothing done twice."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from experiments.errors import StoreError
+from experiments.store import CellStore, canonical, fingerprint
+
+Cell = Mapping[str, Any]
+
+# Without a terminal there is no bar to redraw: a line this often tells that the run is alive.
+_SECONDS_BETWEEN_LINES = 20.0
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C between or inside cells: what is finished is on the disk.
+
+    Parameters
+    ----------
+    done, total : int
+        How many cells are finished, and of how many.
+    """
+
+    def __init__(self, done: int, total: int) -> None:
+        super().__init__(f"interrupted after {done} of {total} cells")
+        self.done, self.total = done, total
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    function: Callable[[Cell], Any],
+    store: CellStore,
+    *,
+    progress: bool = True,
+    title: str = "cells",
+    cost: Callable[[Cell], float] | None = None,
+) -> list[Any]:
+    """Measure every cell that the store does not hold yet.
+
+    Parameters
+    ----------
+    cells : sequence of mapping
+        What to measure: each a mapping of words to numbers, words or lists, all different.
+    function : callable
+        Takes a cell and returns its result: numbers, words, arrays, lists and dicts of them.
+    store : CellStore
+        Where finished cells are kept.
+    progress : bool
+        Whether to report on stderr: a bar in a terminal, else a line now and then.
+    title : str
+        What the bar is called.
+    cost : callable, optional
+        How long a cell takes compared with others, in any unit: it makes the time left right
+        where cells are of very different size.
+
+    Returns
+    -------
+    list
+        The results in the order of ``cells``, each as it is read back from the store: the same,
+        to the last bit, whether the run was interrupted or not.
+
+    Raises
+    ------
+    RunInterrupted
+        On Ctrl-C.
+
+    Notes
+    -----
+    The global random states of Python, numpy and torch are set before each cell, to a seed made
+    from the cell: what it draws must not depend on which cells were run before it in this
+    process. Afterwards they are what they were.
+    """
+    keys = [canonical(cell) for cell in cells]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        msg = f"cell {twice} occurs more than once: what differs must be part of the cell"
+        raise StoreError(msg)
+    missing = [cell for cell in cells if cell not in store]
+    weight = cost or (lambda _: 1.0)
+    done = len(cells) - len(missing)
+    states = _random_states()
+    with _Progress(title, len(cells), done, [weight(cell) for cell in missing], progress) as shown:
+        try:
+            for cell in missing:
+                shown.start(cell)
+                _seed(cell)
+                store.add(cell, function(cell))
+                shown.advance()
+        except KeyboardInterrupt:
+            raise RunInterrupted(sum(cell in store for cell in cells), len(cells)) from None
+        finally:
+            _restore(states)
+    return [store[cell] for cell in cells]
+
+
+def _seed(cell: Cell) -> None:
+    import numpy as np
+    import torch
+
+    seed = int(fingerprint(cell)[:8], 16)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the legacy global state is what is pinned here
+    torch.manual_seed(seed)
+
+
+def _random_states() -> tuple[Any, Any, Any, Any]:
+    import numpy as np
+    import torch
+
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002
+
+
+def _restore(states: tuple[Any, Any, Any, Any]) -> None:
+    import numpy as np
+    import torch
+
+    python, numpy, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def describe(cell: Cell) -> str:
+    """Write a cell for a reader, such as ``n=2 L=64``."""
+    return " ".join(f"{key}={value}" for key, value in cell.items())
+
+
+class _Progress:
+    """Cells done and time left, as a bar in a terminal and as lines elsewhere."""
+
+    def __init__(
+        self, title: str, total: int, done: int, weights: Sequence[float], shown: bool
+    ) -> None:
+        self.title, self.total, self.done, self.shown = title, total, done, shown
+        self.weights = list(weights)
+        self.index = 0
+        self.started = self.told = time.monotonic()
+        self.bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        if self.shown and self.weights and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            # tqdm's own count would be in units of cost, so cells are told in the description.
+            self.bar = tqdm(
+                total=sum(self.weights),
+                file=sys.stderr,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
+            )
+            self._describe()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.shown and self.index:
+            seconds = time.monotonic() - self.started
+            self._tell(f"in {_duration(seconds)}")
+
+    def start(self, cell: Cell) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(describe(cell)[:40])
+
+    def advance(self) -> None:
+        self.done += 1
+        self.index += 1
+        now = time.monotonic()
+        if self.bar is not None:
+            self._describe()
+            self.bar.update(self.weights[self.index - 1])
+        elif self.shown and self.done < self.total and now - self.told > _SECONDS_BETWEEN_LINES:
+            self.told = now
+            spent = sum(self.weights[: self.index])
+            left = (now - self.started) * sum(self.weights[self.index :]) / spent
+            self._tell(f"{_duration(left)} left")
+
+    def _describe(self) -> None:
+        self.bar.set_description_str(f"{self.title}: {self.done}/{self.total} cells", refresh=False)
+
+    def _tell(self, end: str) -> None:
+        print(f"{self.title}: {self.done}/{self.total} cells, {end}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
