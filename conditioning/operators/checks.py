@@ -1,0 +1,393 @@
+"""What an operator finds out about a model before it is trusted."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from conditioning.errors import (
+    AsymmetricOperatorError,
+    BatchNormTrainingError,
+    DoubleBackwardError,
+    LossWithoutGraphError,
+    MixedDevicesError,
+    MixedDtypesError,
+    NonFiniteError,
+    NonsmoothPointWarning,
+    RandomForwardError,
+    UnusedParameterWarning,
+)
+from conditioning.operators.batches import tensors_in, to_device
+from conditioning.operators.guards import (
+    BufferGuard,
+    RandomState,
+    differentiable,
+    isolated_randomness,
+)
+from conditioning.operators.kinks import KinkRecorder, moved, moved_off, small_step
+from conditioning.operators.modules import join_names, random_modules, tracking_norms
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from conditioning.operators.graphs import LossGraph
+    from conditioning.operators.losses import LossOperator
+
+_DTYPE_FAULT = re.compile(r"dtype|scalar type|Input type|same type|datatype")
+_DEVICE_FAULT = re.compile(r"same device|Expected all tensors to be on|different device")
+# Below this precision exact zeros are common and small steps are large: kinks mean nothing.
+_FINE_EPS = 1e-4
+_OFF_THE_KINK = (
+    "Autograd's second derivative is a convention there, not the limit of the Hessians around. "
+    "Evaluate at a small random perturbation of the parameters, or use a smooth activation."
+)
+
+
+@contextlib.contextmanager
+def translated_forward_errors(batch: Any, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Say what does not fit where data and parameters differ in dtype or device."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        data = [t for t in tensors_in(batch) if t.dtype.is_floating_point]
+        own = {p.dtype for p in parameters}
+        other = {t.dtype for t in data} - own
+        if other and _DTYPE_FAULT.search(text):
+            msg = (
+                f"The batch holds {_listed(other)}, the parameters are {_listed(own)}, and the "
+                f"model cannot mix them ({text}). Convert the data (inputs.to(dtype)) or the "
+                f"model (model.to(dtype))."
+            )
+            raise MixedDtypesError(msg) from error
+        if _DEVICE_FAULT.search(text):
+            msg = (
+                f"Something in the model or the loss is on another device than the parameters "
+                f"({text}). Batches are moved by themselves; move the rest, such as class weights "
+                f"or buffers, with .to(device)."
+            )
+            raise MixedDevicesError(msg) from error
+        raise
+
+
+def _listed(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype) for dtype in dtypes))
+
+
+@dataclass
+class Evaluation:
+    """Loss, gradient and products of one pass over the data, and how large their parts are."""
+
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    gradient: Tensor = field(default_factory=lambda: torch.zeros(()))
+    products: Tensor = field(default_factory=lambda: torch.zeros(()))
+    loss_scale: float = 0.0
+    gradient_scale: float = 0.0
+    product_scale: float = 0.0
+    drew: bool = False
+    custom: list[str] = field(default_factory=list)
+
+
+def check_loss_operator(operator: LossOperator, stacklevel: int) -> None:
+    """Evaluate a loss twice, multiply three vectors, and compare what has to agree.
+
+    Raises
+    ------
+    ConditioningError
+        What was found, as one of its subclasses.
+    """
+    layout = operator._layout
+    generator = torch.Generator(device=layout.device).manual_seed(0)
+    probes = torch.randn(
+        2, layout.numel, dtype=layout.dtype, device=layout.device, generator=generator
+    )
+    recorder = KinkRecorder()
+    used = [False] * len(layout.names)
+    first_batches: list[Any] = []
+    generators = operator._batches.generators()
+    with torch.inference_mode(mode=False), isolated_randomness(generators) as state:
+
+        def first_graphs() -> Iterator[tuple[LossGraph, float, bool]]:
+            for index, batch in enumerate(operator._batches):
+                size = operator._batches.size(batch) if operator._needs_sizes else 1.0
+                buffers = BufferGuard(operator._modules, compare=True)
+                before = RandomState.capture()
+                if index == 0:
+                    first_batches.append(batch)
+                    graph = operator._measure(batch, watch=recorder, buffers=buffers)
+                else:
+                    graph = operator._build(batch, buffers=buffers)
+                drew = not before.unchanged()
+                refuse_norms_in_training(operator._owners, buffers.changed)
+                yield graph, size, drew
+                del graph  # as everywhere here, before the next is built: two may not fit
+
+        def second_graphs() -> Iterator[tuple[LossGraph, float, bool]]:
+            for graph, size in operator._stream():
+                if operator._batches.single:
+                    operator._keep_graphs([(graph, size)])
+                yield graph, size, False
+                del graph
+
+        first = _evaluate(operator, first_graphs(), probes, used)
+        if not any(used):
+            msg = (
+                f"None of the selected parameters influences the loss: "
+                f"{join_names(list(layout.names))}. Look for .detach() on the way, or select "
+                f"other parameters."
+            )
+            raise LossWithoutGraphError(msg)
+        state.reseed()
+        second = _evaluate(operator, second_graphs(), probes[:1], used)
+        _check_repetition(operator, first, second, probes[0])
+        fine = operator._eps < _FINE_EPS
+        kinks = _find_kinks(operator, first_batches[0], recorder) if fine else ""
+        _check_symmetry(operator, first, probes, kinks)
+        if first.custom and fine and not recorder.calls:
+            _check_differences(operator, first_batches[0], probes[0], first)
+        if kinks:
+            warnings.warn(f"{kinks} {_OFF_THE_KINK}", NonsmoothPointWarning, stacklevel=stacklevel)
+    operator._value = (operator._marks(), first.loss, first.gradient.to(layout.dtype))
+    unused = [name for name, is_used in zip(layout.names, used, strict=True) if not is_used]
+    if unused:
+        msg = (
+            f"No influence on the loss, so zero rows in the matrix: {join_names(unused)}. Leave "
+            f"them out with params= if they should not count as zero eigenvalues."
+        )
+        warnings.warn(msg, UnusedParameterWarning, stacklevel=stacklevel)
+
+
+def _evaluate(
+    operator: LossOperator,
+    graphs: Iterator[tuple[LossGraph, float, bool]],
+    probes: Tensor,
+    used: list[bool],
+) -> Evaluation:
+    """Go once over the data; numbers that are not finite end it."""
+    result = Evaluation()
+    layout = operator._layout
+    total = size = 0.0
+
+    def noted() -> Iterator[tuple[LossGraph, float]]:
+        nonlocal total, size
+        for graph, batch_size, drew in graphs:
+            result.drew |= drew
+            size = batch_size
+            total += size
+            yield graph, size
+            del graph
+
+    def quantity(graph: LossGraph) -> list[Tensor]:
+        if not bool(torch.isfinite(graph.loss)):
+            msg = (
+                f"The loss is {float(graph.loss)}. Look at the data, and at logarithms, divisions "
+                f"and overflow in half precision."
+            )
+            raise NonFiniteError(msg)
+        used[:] = [u or g is not None for u, g in zip(used, graph.gradient, strict=True)]
+        gradient = layout.join(graph.gradient)
+        _refuse_nonfinite("gradient", gradient, operator)
+        result.custom = result.custom or graph.custom
+        rows = [layout.join(graph.apply(layout.split(p), batched=False)) for p in probes]
+        for row in rows:
+            _refuse_nonfinite("product with a vector", row, operator)
+        # Sizes of the batches' own terms: their sum may cancel, their rounding does not.
+        result.loss_scale += size * abs(float(graph.loss))
+        result.gradient_scale += size * norm(gradient)
+        result.product_scale += size * max(norm(row) for row in rows)
+        return [graph.loss, gradient, torch.stack(rows)]
+
+    averaged = operator._average(noted(), quantity)
+    result.loss, result.gradient, result.products = averaged
+    share = 1 / total if operator._needs_sizes else 1.0
+    result.loss_scale *= share
+    result.gradient_scale *= share
+    result.product_scale *= share
+    return result
+
+
+def exact(vector: Tensor) -> Tensor:
+    """Return a tensor in double precision, on a device that has it."""
+    vector = vector.detach()
+    return (vector.cpu() if vector.device.type == "mps" else vector).double()
+
+
+def norm(vector: Tensor) -> float:
+    """Euclidean norm, taken in double precision."""
+    return float(torch.linalg.vector_norm(exact(vector)))
+
+
+def _refuse_nonfinite(what: str, flat: Tensor, operator: LossOperator) -> None:
+    if bool(torch.isfinite(flat).all()):
+        return
+    parts = operator._layout.unflatten(flat)
+    bad = [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]
+    msg = (
+        f"The {what} is not finite, first for {join_names(bad, limit=3)}. Usual causes: the "
+        f"square root or norm of zero, a division by a spread of zero, overflow in half precision."
+    )
+    raise NonFiniteError(msg)
+
+
+def _scales(operator: LossOperator, result: Evaluation) -> tuple[float, float]:
+    """Size of the parameters, and what terms of the loss may have cancelled in a result.
+
+    The second is in units of the loss. It tells rounding from disagreement where the
+    numbers themselves nearly vanish, as at a minimum.
+    """
+    size = max(1.0, sum(norm(p) ** 2 for p in operator._parameters) ** 0.5)
+    length = operator._layout.numel**0.5
+    curvature = result.product_scale * size**2 / length
+    return size, max(result.loss_scale, result.gradient_scale * size, curvature)
+
+
+def _check_repetition(
+    operator: LossOperator, first: Evaluation, second: Evaluation, probe: Tensor
+) -> None:
+    size, energy = _scales(operator, first)
+    floor = 1e3 * operator._eps * energy
+    relative = 10 * operator._eps**0.5
+    if first.drew:  # so a difference is no rounding by another order of the sums
+        relative = min(relative, 1e3 * operator._eps)
+    names = random_modules(operator._owners)
+    gaps = {
+        "loss": (norm(first.loss - second.loss), relative * first.loss_scale + floor),
+        "gradient": (
+            norm(first.gradient - second.gradient),
+            relative * first.gradient_scale + floor / size,
+        ),
+        "product with a vector": (
+            norm(first.products[0] - second.products[0]),
+            relative * first.product_scale + floor * norm(probe) / size**2,
+        ),
+    }
+    wrong = [what for what, (gap, bound) in gaps.items() if not gap <= bound]
+    if wrong or (first.drew and names):
+        raise RandomForwardError(random_message(names, wrong, drew=first.drew))
+
+
+def _check_symmetry(operator: LossOperator, result: Evaluation, probes: Tensor, kinks: str) -> None:
+    size, energy = _scales(operator, result)
+    left, right = (
+        float(torch.dot(exact(result.products[i]), exact(probes[1 - i]))) for i in (0, 1)
+    )
+    # A product's rounding points anywhere, so against a random vector it counts by its norm.
+    scale = norm(result.products[0]) + norm(result.products[1])
+    floor = 1e3 * operator._eps * energy * norm(probes[0]) / size**2
+    bound = 10 * operator._eps**0.5 * scale + floor
+    if abs(left - right) > bound:
+        why = (
+            f"{kinks} {_OFF_THE_KINK}"
+            if kinks
+            else "Look for a custom autograd.Function whose backward detaches or works on .data, "
+            "torch's weight_norm (autograd takes its norms for constants: remove the "
+            "parametrization), and gradients changed by hooks."
+        )
+        msg = (
+            f"<u, A v> = {left:.9g} and <v, A u> = {right:.9g} differ by more than rounding "
+            f"({bound:.1e}), so the products are not those of a second derivative. {why}"
+        )
+        raise AsymmetricOperatorError(msg)
+
+
+def _check_differences(
+    operator: LossOperator, batch: Any, probe: Tensor, result: Evaluation
+) -> None:
+    """Compare a product with differences of the gradient, where the user wrote derivatives.
+
+    A custom function whose backward detaches loses a term that is symmetric by itself,
+    so the test of symmetry is blind to it. Piecewise functions would disturb this test.
+    """
+    parameters, layout = operator._parameters, operator._layout
+    direction = probe / norm(probe)
+    product = exact(
+        layout.join(operator._build(batch).apply(layout.split(direction), batched=False))
+    )
+    size, energy = _scales(operator, result)
+    gaps = []
+    for relative in (operator._eps ** (1 / 3), operator._eps**0.4):
+        length = relative * size
+        sides = []
+        for sign in (length, -length):
+            with moved(parameters, layout.split(sign * direction)):
+                sides.append(exact(layout.join(operator._build(batch).gradient)))
+        difference = (sides[0] - sides[1]) / (2 * length)
+        noise = 1e2 * operator._eps * energy / (size * length)
+        gaps.append(norm(difference - product) - 0.1 * norm(difference) - noise)
+    if min(gaps) > 0:
+        msg = (
+            f"The product with a vector is not the change of the gradient along it, and the model "
+            f"or loss has custom functions: {join_names(result.custom)}. One of their backwards "
+            f"detaches or works on .data, so it has no second derivative. Write it with "
+            f"differentiable operations on ctx.saved_tensors."
+        )
+        raise DoubleBackwardError(msg)
+
+
+def random_message(names: list[str], wrong: list[str], *, drew: bool) -> str:
+    """Say where randomness comes from: what is known, and else where to look."""
+    if names:
+        return (
+            f"The forward pass is random, because these modules are in training mode: "
+            f"{join_names(names)}. Call model.eval() before, and model.train() afterwards if "
+            f"training goes on."
+        )
+    found = f"Two evaluations of the same loss disagree ({join_names(wrong)})."
+    if drew:
+        return (
+            f"{found} The forward pass draws random numbers. Look for F.dropout without "
+            f"training=self.training, noise, or sampling in the model or the loss; call "
+            f"model.eval(), or draw the numbers once and make them part of the data."
+        )
+    return (
+        f"{found} Look for a data loader that augments at random or shuffles with drop_last=True "
+        f"(so that each pass sees other samples), batch statistics over shuffled batches, noise "
+        f"with a generator of its own, or a model that changes its state. Use a fixed list of "
+        f"batches and model.eval()."
+    )
+
+
+def refuse_norms_in_training(owners: dict[str, nn.Module], changed: set[int]) -> None:
+    """Complain of normalisation layers whose running statistics the forward pass rewrote."""
+    norms = [name for name, module in tracking_norms(owners) if id(module) in changed]
+    if norms:
+        others = random_modules(owners)
+        also = f" Random in this mode as well: {join_names(others)}." if others else ""
+        msg = (
+            f"In training mode, so the forward pass rewrites running statistics and couples the "
+            f"samples of a batch: {join_names(norms)}. Call model.eval() before.{also}"
+        )
+        raise BatchNormTrainingError(msg)
+
+
+def _find_kinks(operator: LossOperator, batch: Any, before: KinkRecorder) -> str:
+    """Say which kinks a small step of the parameters leaves, if any."""
+    if not before.found:
+        return ""
+    after = KinkRecorder()
+    with (
+        moved(operator._parameters, small_step(operator._parameters)),
+        differentiable(operator._modules, operator.device),
+        BufferGuard(operator._modules),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of the moved storage of recurrent weights
+        ready = to_device(batch, operator.device)
+        with after:
+            outputs, targets = operator._forward(ready)
+            operator._loss_of(outputs, targets, ready)
+    left = moved_off(before, after, operator._eps)
+    if not left:
+        return ""
+    places = [f"{name} (call {index + 1}: {n} of {of})" for name, index, n, of in left]
+    return (
+        f"The parameters sit on a kink: {join_names(places, limit=4)} entries lie exactly where "
+        f"the function is not smooth, and a small step of the parameters moves them off it."
+    )

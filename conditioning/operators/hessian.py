@@ -1,0 +1,101 @@
+"""The Hessian of a loss with respect to a model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from conditioning.operators.graphs import Parts, differentiate, refuse_dead_ends
+from conditioning.operators.losses import LossOperator
+
+
+class HessianGraph:
+    """The retained graph of one batch's gradient; a product is one backward pass through it."""
+
+    def __init__(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        gradient = differentiate([loss], parameters, create_graph=True)
+        self.custom = refuse_dead_ends([loss], gradient)
+        self.loss = loss.detach()
+        self.gradient = [None if g is None else g.detach() for g in gradient]
+        # A gradient that is constant in the parameters has no graph, and zero rows.
+        self._active = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]
+        self._outputs = [g for g in gradient if g is not None and g.requires_grad]
+
+    def apply(self, tangents: list[Tensor], *, batched: bool) -> Parts:
+        """Multiply the Hessian of the batch with vectors cut into parameter shapes."""
+        return differentiate(
+            self._outputs,
+            self._parameters,
+            [tangents[i] for i in self._active],
+            batched=batched,
+        )
+
+
+class HessianOperator(LossOperator):
+    r"""The Hessian :math:`\nabla^2 L(\theta)` of a loss, known by its products.
+
+    The gradient's graph is built once per batch and kept; a product is one backward
+    pass through it. If the graphs of all batches do not fit ``memory_budget``, each is
+    rebuilt once per block of vectors. The model's parameters, ``.grad``, buffers and
+    mode, and every global random state, are left as they are.
+
+    Parameters
+    ----------
+    model : nn.Module or callable
+        Called with the inputs; or, with ``loss_fn=None``, called with a whole batch to
+        return the loss.
+    loss_fn : callable or None
+        ``loss_fn(outputs, targets)`` returns one number, the mean (or sum, see
+        ``reduction``) over the batch.
+    data : tuple, or re-iterable of batches
+        One batch ``(inputs, targets)``, or a list or ``DataLoader`` of them. Inputs are a
+        tensor, a tuple (passed as ``*args``) or a dict (``**kwargs``). With
+        ``loss_fn=None`` a tensor, dict or tuple is one batch, anything else that can
+        be iterated holds batches. Tensors are moved to the parameters' device.
+    params : optional
+        ``None``: every parameter that requires a gradient. Or a submodule, parameters,
+        a dict of names and parameters, or name patterns such as ``"layer3.*"``. The flat
+        vector is always in ``named_parameters`` order, tied weights count once.
+    reduction : {"mean", "sum"}
+        How the batches' losses add up: weighted by their sizes, or as they are.
+    check : bool
+        Evaluate twice and multiply three vectors, to see that the loss is finite, has
+        second derivatives, does not depend on chance, gives a symmetric operator, and, on the
+        first batch, is not at a kink (``NonsmoothPointWarning``).
+    batch_size_fn : callable, optional
+        ``batch -> number``: the batch's weight in the mean. Default: the leading axis of
+        the targets, or of the first tensor among the inputs. Give the number of terms
+        that the loss averages where that is another one (tokens that are not padding).
+    memory_budget : int, optional
+        Bytes that kept graphs may hold. Default: a quarter of what is free.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        ``(n, n)``.
+    num_matvecs : int
+        Products so far; a block of ``k`` vectors counts ``k``.
+
+    Raises
+    ------
+    ConditioningError
+        One of its subclasses in :mod:`conditioning.errors`; each text says what was
+        found and what to do about it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1, bias=False).double()
+    >>> inputs = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    >>> H = HessianOperator(model, torch.nn.MSELoss(), (inputs, torch.zeros_like(inputs[:, :1])))
+    >>> H.dense()
+    tensor([[1., 0.],
+            [0., 4.]], dtype=torch.float64)
+    """
+
+    def _graph(self, batch: Any) -> HessianGraph:
+        outputs, targets = self._forward(batch)
+        return HessianGraph(self._loss_of(outputs, targets, batch), self._parameters)

@@ -1,0 +1,390 @@
+"""What the operators of a loss share: parameters, batches, retained graphs, averaging."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conditioning.errors import (
+    InvalidArgumentError,
+    LossWithoutGraphError,
+    NonScalarLossError,
+    ParameterSelectionError,
+)
+from conditioning.memory import available_bytes
+from conditioning.operators import checks
+from conditioning.operators.base import LinearOperator
+from conditioning.operators.batches import Batches, call_with, tensors_in, to_device
+from conditioning.operators.graphs import BlockEngine, LossGraph
+from conditioning.operators.guards import (
+    BufferGuard,
+    SavedBytes,
+    differentiable,
+    fingerprint,
+    isolated_randomness,
+)
+from conditioning.operators.modules import find_modules, join_names, named_modules
+from conditioning.operators.parameters import (
+    FlatLayout,
+    ParameterChoice,
+    select_parameters,
+    warn_of_mixed_dtypes,
+)
+
+_REDUCTIONS = ("mean", "sum")
+# Frames between a user's call and the place in this package that warns.
+_STACKLEVEL = 3
+
+
+class LossOperator(LinearOperator):
+    """A symmetric operator on the parameters of a loss, built from one graph per batch.
+
+    A subclass implements :meth:`_graph`, which runs the model on one batch. The
+    parameters are those of :class:`HessianOperator`.
+    """
+
+    _takes_bare_loss = True
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        loss_fn: Callable[..., Any] | None,
+        data: Any,
+        params: ParameterChoice = None,
+        reduction: str = "mean",
+        check: bool = True,
+        *,
+        batch_size_fn: Callable[[Any], float] | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        if reduction not in _REDUCTIONS:
+            msg = f"reduction should be 'mean' or 'sum', got {reduction!r}."
+            raise InvalidArgumentError(msg)
+        if memory_budget is not None and memory_budget < 0:
+            msg = f"memory_budget is a number of bytes, got {memory_budget}."
+            raise InvalidArgumentError(msg)
+        if loss_fn is None and not self._takes_bare_loss:
+            msg = (
+                f"{type(self).__name__} needs model and loss_fn apart: the matrix depends on where "
+                f"the one ends and the other begins. Pass loss_fn, or use HessianOperator."
+            )
+            raise InvalidArgumentError(msg)
+        for role, function in (("model", model), ("loss_fn", loss_fn)):
+            if not callable(function) and not (role == "loss_fn" and function is None):
+                msg = f"{role} should be callable, got {type(function).__name__}."
+                raise InvalidArgumentError(msg)
+        self._model = model
+        self._loss_fn = loss_fn
+        self._owners = find_modules(
+            model,
+            exact=params is None,
+            also={
+                "loss_fn": loss_fn,
+                "params": params if isinstance(params, torch.nn.Module) else None,
+            },
+        )
+        self._modules = [module for _, module in named_modules(self._owners)]
+        is_module = isinstance(model, torch.nn.Module)
+        selected = select_parameters(self._owners, params, closed=is_module)
+        self._parameters = list(selected.values())
+        self._layout = FlatLayout(list(selected), self._parameters)
+        self._owned_then = self._owned_parameters()
+        self._batches = Batches(data, paired=loss_fn is not None, batch_size_fn=batch_size_fn)
+        self._reduction = reduction
+        self._memory_budget = memory_budget
+        self._engine = BlockEngine()
+        self._kept: list[tuple[LossGraph, float]] | None = None
+        self._keep = True
+        self._bytes_per_size: float | None = None
+        self._eps = self._layout.eps
+        self._made_at: tuple[Any, ...] = ()
+        self._value: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
+        n = self._layout.numel
+        super().__init__((n, n), self._layout.dtype, self._layout.device, symmetric=True)
+        warn_of_mixed_dtypes(self._layout, stacklevel=_STACKLEVEL)
+        if check:
+            checks.check_loss_operator(self, stacklevel=_STACKLEVEL)
+
+    # What a subclass provides.
+
+    def _graph(self, batch: Any) -> LossGraph:
+        raise NotImplementedError
+
+    # What a user reads.
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the parameters, in the order in which they make the flat vector."""
+        return self._layout.names
+
+    @property
+    def loss(self) -> float:
+        """The loss over all batches, reduced as the operator is."""
+        return float(self._evaluate()[0])
+
+    @property
+    def block_engine(self) -> str:
+        """How blocks of vectors are multiplied: ``"loop"``, ``"batched"``, or ``"undecided"``."""
+        return self._engine.choice
+
+    def gradient(self) -> Tensor:
+        """Gradient of the loss over all batches, flat, shape ``(n,)``."""
+        return self._evaluate()[1].clone()
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Cut a flat vector into named tensors of the parameters' shapes.
+
+        Parameters
+        ----------
+        vector : Tensor of shape ``(n,)`` or ``(n, k)``
+
+        Returns
+        -------
+        dict of str to Tensor
+            Shapes ``(*shape)``, or ``(*shape, k)``. Views where that is possible.
+
+        Raises
+        ------
+        ShapeError
+            If the length is not ``n``.
+        """
+        return self._layout.unflatten(vector)
+
+    def flatten(self, mapping: Mapping[str, Tensor]) -> Tensor:
+        """Inverse of :meth:`unflatten`.
+
+        Raises
+        ------
+        ShapeError
+            If a name is missing or unknown, or a tensor has another shape.
+        """
+        return self._layout.flatten(mapping)
+
+    def refresh(self) -> None:
+        """Forget the graphs, so that the next product evaluates model and data anew.
+
+        Changes of parameters, buffers and training mode are noticed without this. Call
+        it after a change of the data or of anything else that the loss depends on.
+        """
+        self._kept = None
+        self._value = None
+        self._keep = True
+
+    # Graphs: built under guards, kept if they fit.
+
+    def _build(
+        self,
+        batch: Any,
+        *,
+        watch: contextlib.AbstractContextManager[Any] | None = None,
+        buffers: BufferGuard | None = None,
+    ) -> LossGraph:
+        """Build the graph of one batch; the caller isolates the random state."""
+        with (
+            differentiable(self._modules, self.device),
+            buffers or BufferGuard(self._modules),
+            watch or contextlib.nullcontext(),
+        ):
+            return self._graph(to_device(batch, self.device))
+
+    def _forward(self, batch: Any) -> tuple[Any, Any]:
+        """Return outputs and targets of a batch; the loss and ``None`` without a ``loss_fn``."""
+        with checks.translated_forward_errors(batch, self._parameters):
+            if self._loss_fn is None:
+                return self._model(batch), None
+            inputs, targets = batch
+            return call_with(self._model, inputs), targets
+
+    def _loss_of(self, outputs: Any, targets: Any, batch: Any) -> Tensor:
+        if self._loss_fn is None:
+            return _scalar(outputs)
+        with checks.translated_forward_errors(batch, self._parameters):
+            loss = self._loss_fn(outputs, targets)
+        return _scalar(loss)
+
+    def _budget(self) -> int:
+        if self._memory_budget is not None:
+            return self._memory_budget
+        return available_bytes(self.device) // 4
+
+    def _measure(
+        self,
+        batch: Any,
+        *,
+        watch: contextlib.AbstractContextManager[Any] | None = None,
+        buffers: BufferGuard | None = None,
+    ) -> LossGraph:
+        """Build a graph to throw away, and note how many bytes it holds."""
+        counter = SavedBytes([*self._parameters, *tensors_in(batch)])
+        with counter:
+            graph = self._build(batch, watch=watch, buffers=buffers)
+        self._bytes_per_size = counter.total / self._batches.size_or(batch, 1.0)
+        self._eps = max(self._eps, counter.eps)
+        self._engine.limit(counter.total, self._budget())
+        return graph
+
+    def _keep_graphs(self, kept: list[tuple[LossGraph, float]]) -> None:
+        self._kept = kept
+        self._made_at = self._marks()
+
+    def _marks(self) -> tuple[Any, ...]:
+        return fingerprint(self._parameters, self._modules)
+
+    def _fresh_graphs(self) -> list[tuple[LossGraph, float]] | None:
+        """Return the graphs of all batches where they are kept, rebuilt if they are stale."""
+        if self._kept is not None:
+            if self._made_at == self._marks():
+                return self._kept
+            self._kept = None
+        self._refuse_replaced_parameters()
+        if not self._keep:
+            return None
+        kept = []
+        held, budget = 0.0, self._budget()
+        with isolated_randomness(self._batches.generators()):
+            for batch in self._batches:
+                size = self._batches.size(batch) if self._needs_sizes else 1.0
+                if not self._batches.single:
+                    if self._bytes_per_size is None:
+                        self._measure(batch)
+                    held += (self._bytes_per_size or 0.0) * self._batches.size_or(batch, size)
+                    if held > budget:
+                        self._keep = False
+                        return None
+                kept.append((self._build(batch), size))
+        self._keep_graphs(kept)
+        return kept
+
+    def _owned_parameters(self) -> set[int]:
+        return {id(p) for module in self._modules for p in module._parameters.values()}
+
+    def _refuse_replaced_parameters(self) -> None:
+        """Complain where the model no longer has what the flat vector was cut for."""
+        layout = self._layout
+        owned = self._owned_parameters()
+        gone = [
+            name
+            for name, parameter, shape, dtype in zip(
+                layout.names, self._parameters, layout.shapes, layout.dtypes, strict=True
+            )
+            if (id(parameter) in self._owned_then and id(parameter) not in owned)
+            or (tuple(parameter.shape), parameter.dtype, parameter.device)
+            != (shape, dtype, layout.device)
+        ]
+        if gone:
+            msg = (
+                f"Replaced in the model, or moved to another dtype or device, since this operator "
+                f"was made: {join_names(gone)}. Make a new operator."
+            )
+            raise ParameterSelectionError(msg)
+
+    @property
+    def _needs_sizes(self) -> bool:
+        return self._reduction == "mean"
+
+    def _stream(self) -> Iterator[tuple[LossGraph, float]]:
+        """Build the graphs of all batches one after the other, dropping each after its use."""
+        for batch in self._batches:
+            yield self._build(batch), self._batches.size(batch) if self._needs_sizes else 1.0
+
+    def _average(
+        self,
+        graphs: Iterator[tuple[LossGraph, float]] | list[tuple[LossGraph, float]],
+        quantity: Callable[[LossGraph], list[Tensor]],
+    ) -> list[Tensor]:
+        """Reduce quantities of the batches' graphs over all batches."""
+        totals: list[Tensor] = []
+        total_size, count = 0.0, 0
+        for graph, size in graphs:
+            terms = quantity(graph)
+            if count == 0:
+                totals, total_size = terms, size
+            else:
+                if count == 1:
+                    # One batch alone is not rounded by a weight; sums of half precision are
+                    # taken in single precision.
+                    totals = [t.to(_wide(t.dtype)) * total_size for t in totals]
+                totals = [
+                    t.add_(term.to(t.dtype), alpha=size)
+                    for t, term in zip(totals, terms, strict=True)
+                ]
+                total_size += size
+            count += 1
+            del graph  # before the next one is built: two may not fit
+        if count > 1 and self._needs_sizes:
+            totals = [t / total_size for t in totals]
+        return totals
+
+    def _over_batches(self, quantity: Callable[[LossGraph], list[Tensor]]) -> list[Tensor]:
+        kept = self._fresh_graphs()
+        if kept is not None:
+            return self._average(kept, quantity)
+        with isolated_randomness(self._batches.generators()):
+            return self._average(self._stream(), quantity)
+
+    def _evaluate(self) -> tuple[Tensor, Tensor]:
+        """Loss and flat gradient over all batches."""
+        if self._value is None or self._value[0] != self._marks():
+            loss, gradient = self._over_batches(self._loss_and_gradient)
+            self._value = (self._marks(), loss, gradient.to(self.dtype))
+        return self._value[1], self._value[2]
+
+    def _loss_and_gradient(self, graph: LossGraph) -> list[Tensor]:
+        return [graph.loss, self._layout.join(graph.gradient)]
+
+    def _rows(self, graph: LossGraph, block: Tensor) -> Tensor:
+        return self._engine.multiply(graph, self._layout, self._layout, block)
+
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        block = vectors.T.contiguous()
+        if len(block) > 1 and self._bytes_per_size is None:
+            with isolated_randomness(self._batches.generators()):
+                self._measure(next(iter(self._batches)))
+        (result,) = self._over_batches(lambda graph: [self._rows(graph, block)])
+        return result.to(self.dtype).T
+
+    def _dense_block(self) -> int:
+        # Without kept graphs every block costs a pass over the data.
+        return 64 if self._keep else 256
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _scalar(loss: Any) -> Tensor:
+    """Return the loss as a 0-d tensor, if it is one real number with a graph."""
+    if not isinstance(loss, Tensor):
+        hint = (
+            " Leave out .item() and float()."
+            if isinstance(loss, (int, float))
+            else " Pass a callable that returns its loss, such as lambda batch: model(**batch).loss"
+            if hasattr(loss, "loss")
+            else ""
+        )
+        msg = f"The loss should be a tensor with one element, got {type(loss).__name__}.{hint}"
+        raise NonScalarLossError(msg)
+    if loss.numel() != 1:
+        msg = (
+            f"The loss should be one number, got shape {tuple(loss.shape)}. Reduce it (loss.mean() "
+            f"or loss.sum(); reduction='mean' in torch's losses)."
+        )
+        raise NonScalarLossError(msg)
+    if loss.dtype.is_complex:
+        msg = (
+            f"The loss is complex ({loss.dtype}), the Hessian here is that of a real number. "
+            f"Return its real part or absolute value."
+        )
+        raise NonScalarLossError(msg)
+    if not loss.requires_grad:
+        msg = (
+            "The loss has no autograd graph. Look for .detach(), .item(), .data, torch.no_grad(), "
+            "an integer or comparison on the way from the parameters to the loss, or parameters "
+            "whose requires_grad is off."
+        )
+        raise LossWithoutGraphError(msg)
+    return loss.reshape(())
