@@ -1,0 +1,607 @@
+"""Krylov methods on "a symmetric matvec": linear algebra, no networks.
+
+Vectors stay on the operator's device. The small tridiagonal matrix is float64 on
+the host. Orthogonality is full: classical Gram-Schmidt, done twice ("twice is
+enough", Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101, 2005).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conditioning.errors import InvalidArgumentError, NonFiniteError, ShapeError
+from conditioning.jacobi import JacobiMatrix
+from conditioning.operators.base import FunctionOperator, LinearOperator, as_operator
+
+_CHUNK = 64  # basis vectors per allocation: growing never copies what is there
+
+
+class Lanczos(NamedTuple):
+    """What ``lanczos`` returns; ``A @ basis == basis @ tridiagonal + residual e_k^T``.
+
+    Attributes
+    ----------
+    basis : Tensor of shape (n, k)
+        Orthonormal columns; ``k`` is less than ``num_steps`` when the Krylov space closed.
+    tridiagonal : Tensor of shape (k, k)
+        Symmetric, float64, on the host.
+    residual : Tensor of shape (n,)
+        Orthogonal to the basis; zero to rounding when the Krylov space closed.
+    """
+
+    basis: Tensor
+    tridiagonal: Tensor
+    residual: Tensor
+
+
+class BlockLanczos(NamedTuple):
+    """What ``block_lanczos`` returns; ``A @ basis == basis @ projected + residual E_k^T``.
+
+    Attributes
+    ----------
+    basis : Tensor of shape (n, k p)
+    projected : Tensor of shape (k p, k p)
+        Symmetric block tridiagonal, float64, on the host.
+    residual : Tensor of shape (n, p)
+        Belongs to the last ``p`` basis vectors.
+    """
+
+    basis: Tensor
+    projected: Tensor
+    residual: Tensor
+
+
+class PowerIteration(NamedTuple):
+    """What ``power_iteration`` returns.
+
+    Attributes
+    ----------
+    value : float
+        Ritz value of largest magnitude.
+    vector : Tensor of shape (n,)
+        Its unit Ritz vector.
+    residual_norm : float
+        ``||A vector - value vector||``: an eigenvalue lies within this distance of ``value``.
+    num_matvecs : int
+    converged : bool
+        Whether ``residual_norm <= rtol |value|``. Converged means *an* eigenvalue; that it is
+        the largest is only as likely as the start vector is generic.
+    """
+
+    value: float
+    vector: Tensor
+    residual_norm: float
+    num_matvecs: int
+    converged: bool
+
+
+def make_generator(seed: int | torch.Generator) -> torch.Generator:
+    """A CPU generator from a seed, or the generator itself.
+
+    Random vectors are drawn on the host, so one seed gives one result on every device.
+    """
+    if isinstance(seed, torch.Generator):
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        msg = f"seed must be an int or a torch.Generator, got {type(seed).__name__}."
+        raise InvalidArgumentError(msg)
+    return torch.Generator().manual_seed(int(seed))
+
+
+def random_start(size: int, seed: int | torch.Generator, device: torch.device | str) -> Tensor:
+    """A standard normal float64 vector of shape ``(size,)``: uniform on the sphere once scaled."""
+    generator = make_generator(seed)
+    vector = torch.randn(size, dtype=torch.float64, generator=generator, device=generator.device)
+    return vector.to(device)
+
+
+class LanczosRun:
+    """A Lanczos run that can be extended, inspected, saved and continued.
+
+    Parameters
+    ----------
+    operator : LinearOperator
+        Symmetric, ``(n, n)``.
+    start : Tensor of shape ``(n,)``
+        Not zero.
+    deflate : Tensor of shape ``(n, l)``, optional
+        Orthonormal columns to project out: the run then sees ``(I - V V^T) A (I - V V^T)``.
+    basis_dtype : torch.dtype
+        Of the stored basis. float64 also for float32 products: the basis is then
+        orthogonal to 1e-16 and only the products carry rounding.
+    measure_noise : bool
+        Spend one product to measure the rounding of the products (by comparing
+        ``A (0.7 q) / 0.7`` with ``A q``), which sets the guard of every bound.
+
+    Attributes
+    ----------
+    num_steps : int
+        Steps done, the columns of the basis.
+    closed : bool
+        The Krylov space is invariant: the residual is not larger than rounding explains.
+    noise : float
+        Measured size of the rounding of a product with a unit vector.
+    """
+
+    def __init__(
+        self,
+        operator: LinearOperator,
+        start: Tensor,
+        *,
+        deflate: Tensor | None = None,
+        basis_dtype: torch.dtype = torch.float64,
+        measure_noise: bool = False,
+    ) -> None:
+        size = operator.shape[0]
+        if operator.shape != (size, size):
+            msg = f"Lanczos needs a square symmetric operator, got shape {operator.shape}."
+            raise ShapeError(msg)
+        if tuple(start.shape) != (size,):
+            msg = f"The start vector must have shape ({size},), got {tuple(start.shape)}."
+            raise ShapeError(msg)
+        self.operator = operator
+        self.start_norm = float(torch.linalg.vector_norm(start.to(torch.float64)))
+        self.num_steps = 0
+        self.closed = False
+        self.noise = 0.0
+        self._measure_noise = measure_noise
+        self._deflate = None if deflate is None else deflate.to(basis_dtype).T.contiguous()
+        self._chunks: list[Tensor] = []
+        self._dtype = basis_dtype
+        self._device = operator.device
+        self._alpha: list[float] = []
+        self._beta: list[float] = []
+        # Sync-free devices read their scalars back in batches; the CPU has nothing to wait for.
+        self._check_every = 1 if self._device.type == "cpu" else 10
+        self._leak = 0.0
+        self._may_close = True
+        vector = start.detach().to(self._device, basis_dtype)
+        if not (np.isfinite(self.start_norm) and self.start_norm > 0):
+            msg = "The start vector of a Krylov method must be finite and not zero."
+            raise InvalidArgumentError(msg)
+        self._next = self._orthogonalise(vector / self.start_norm)[0]
+        remaining = float(torch.linalg.vector_norm(self._next))
+        if remaining < 1e-8:
+            msg = "The start vector lies in the space that is projected out: draw another."
+            raise InvalidArgumentError(msg)
+        self._next /= remaining
+
+    # -- the recurrence ---------------------------------------------------------------------
+
+    def _rows(self) -> list[Tensor]:
+        """Stored basis vectors, as blocks of rows."""
+        full, rest = divmod(self.num_steps, _CHUNK)
+        rows = self._chunks[:full]
+        return [*rows, self._chunks[full][:rest]] if rest else rows
+
+    def _append(self, vector: Tensor) -> None:
+        index, row = divmod(self.num_steps, _CHUNK)
+        if index == len(self._chunks):
+            size = min(_CHUNK, self.operator.shape[0] - index * _CHUNK)
+            shape = (max(size, 1), self.operator.shape[0])
+            self._chunks.append(torch.empty(shape, dtype=self._dtype, device=self._device))
+        self._chunks[index][row] = vector
+        self.num_steps += 1
+
+    def _orthogonalise(self, vector: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Project out basis and deflated space, twice; also the coefficients on the basis."""
+        rows = self._rows()
+        total = [torch.zeros(len(r), dtype=self._dtype, device=self._device) for r in rows]
+        for _ in range(2):
+            coefficients = [r @ vector for r in rows]
+            outside = None if self._deflate is None else self._deflate @ vector
+            for row, coefficient in zip(rows, coefficients, strict=True):
+                vector = torch.addmv(vector, row.T, coefficient, alpha=-1)
+            if self._deflate is not None and outside is not None:
+                vector = torch.addmv(vector, self._deflate.T, outside, alpha=-1)
+            total = [t + c for t, c in zip(total, coefficients, strict=True)]
+        return vector, total
+
+    def _product(self, vector: Tensor) -> Tensor:
+        return self.operator.matvec(vector).to(self._dtype)
+
+    def extend(self, num_steps: int) -> None:
+        """Do up to ``num_steps`` further steps; fewer when the Krylov space closes.
+
+        Raises
+        ------
+        NonFiniteError
+            If a product is not finite.
+        """
+        target = min(self.num_steps + num_steps, self.operator.shape[0])
+        while self.num_steps < target and not self.closed:
+            self._batch(min(self._check_every, target - self.num_steps))
+
+    def _batch(self, count: int) -> None:
+        """``count`` steps with one read-back of the scalars at their end."""
+        tiny = torch.finfo(torch.float64).tiny
+        scalars = []
+        noise = None
+        nexts = []
+        for _ in range(count):
+            vector = self._next
+            product = self._product(vector)
+            if self._measure_noise and self.num_steps == 0:
+                again = self._product(0.7 * vector) / 0.7
+                noise = torch.linalg.vector_norm(again - product)
+            self._append(vector)
+            rest, coefficients = self._orthogonalise(product)
+            flat = torch.cat(coefficients)
+            leak = torch.linalg.vector_norm(flat[:-2])
+            beta = torch.linalg.vector_norm(rest)
+            scalars.append(torch.stack([flat[-1], beta, leak]).to(torch.float64))
+            self._next = rest / beta.clamp_min(tiny)
+            nexts.append(self._next)
+        values = torch.stack(scalars).tolist()
+        if noise is not None:
+            self.noise = float(noise)
+        for done, (alpha, beta, leak) in enumerate(values):
+            if not (np.isfinite(alpha) and np.isfinite(beta)):
+                self.num_steps -= count - done
+                msg = (
+                    "A product of the operator is not finite (NaN or infinity). Check the loss "
+                    "and the parameters for overflow; float64 or a smaller scale often helps."
+                )
+                raise NonFiniteError(msg)
+            self._alpha.append(alpha)
+            self._beta.append(beta)
+            # What reorthogonalisation removes beyond the two newest vectors is zero in
+            # exact arithmetic: its size is rounding of the products.
+            self._leak = max(self._leak, leak)
+            if beta <= self._closing_norm() or self._is_noise():
+                self.closed = True
+                self.num_steps -= count - done - 1
+                self._next = nexts[done]
+                return
+        if self._complete():
+            self.closed = True
+
+    def _complete(self) -> bool:
+        return self.num_steps >= self.operator.shape[0] - self._num_deflated()
+
+    def _is_noise(self) -> bool:
+        """Whether the newest residual is rounding, grown on the way.
+
+        After as many steps as there are distinct eigenvalues the residual is zero, and
+        in floating point it is what rounding made of it in the degenerate eigenspaces. It then
+        drops suddenly, to the size that the recurrence predicts for rounding.
+        """
+        steps = len(self._beta)
+        if not self._may_close or not 1 < steps <= 400:
+            return False
+        if self._beta[-1] > 0.1 * min(self._beta[:-1]):
+            return False
+        rounding = max(self.noise, self._leak, np.finfo(np.float64).eps * self._scale())
+        growth = self.jacobi.rounding_growth()
+        return bool(np.isfinite(growth) and self._beta[-1] <= 10 * rounding * growth)
+
+    def reopen(self) -> bool:
+        """Go on after a closing whose residual is too large for the caller.
+
+        Returns
+        -------
+        bool
+            Whether there is anything to go on with.
+        """
+        if self._complete() or self._beta[-1] <= self._closing_norm():
+            return False
+        self._may_close = self.closed = False
+        return True
+
+    def _num_deflated(self) -> int:
+        return 0 if self._deflate is None else len(self._deflate)
+
+    def _scale(self) -> float:
+        beta = np.asarray(self._beta)
+        pairs = np.concatenate([[0.0], beta[:-1]]) if len(beta) else np.zeros(1)
+        return float(np.max(np.abs(self._alpha) + beta + pairs)) if self._alpha else 0.0
+
+    def _closing_norm(self) -> float:
+        # A residual of the size of the noise carries no direction any more.
+        return 20 * max(self.noise, self._leak) + 50 * np.finfo(np.float64).eps * self._scale()
+
+    # -- what the run knows -----------------------------------------------------------------
+
+    @property
+    def guard(self) -> float:
+        """Allowance for rounding, to be added to every end of every bound.
+
+        Three times the measured noise plus 10 machine epsilons of the scale. The
+        constants are a heuristic, checked on planted spectra, not a theorem.
+        """
+        return 3 * max(self.noise, self._leak) + 10 * np.finfo(np.float64).eps * self._scale()
+
+    @property
+    def num_matvecs(self) -> int:
+        """Products that this run has asked for and kept."""
+        return self.num_steps + (1 if self._measure_noise and self.num_steps else 0)
+
+    @property
+    def jacobi(self) -> JacobiMatrix:
+        """The tridiagonal matrix with the norm of the residual behind it."""
+        return JacobiMatrix(
+            np.array(self._alpha), np.array(self._beta[:-1]), self._beta[-1] if self._beta else 0.0
+        )
+
+    @property
+    def basis(self) -> Tensor:
+        """Orthonormal basis, shape ``(n, k)``."""
+        if not self.num_steps:
+            return torch.empty(
+                self.operator.shape[0], 0, dtype=self._dtype, device=self._device
+            )
+        return torch.cat(self._rows()).T
+
+    @property
+    def residual(self) -> Tensor:
+        """``r`` in ``A Q = Q T + r e^T``, shape ``(n,)``."""
+        norm = self._beta[-1] if self._beta else 1.0
+        return self._next * norm
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Basis times ``coefficients`` of shape ``(k, l)``, without copying the basis."""
+        coefficients = coefficients.to(self._device, self._dtype)
+        parts = zip(self._rows(), coefficients.split(_CHUNK), strict=True)
+        return sum((row.T @ part for row, part in parts), start=torch.zeros((), dtype=self._dtype))
+
+    # -- save and continue ------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole state; ``load`` continues as if nothing had happened."""
+        path = Path(path)
+        state = {
+            "size": self.operator.shape[0],
+            "alpha": self._alpha,
+            "beta": self._beta,
+            "leak": self._leak,
+            "noise": self.noise,
+            "closed": self.closed,
+            "start_norm": self.start_norm,
+            "basis": torch.cat(self._rows()) if self.num_steps else torch.empty(0),
+            "next": self._next,
+        }
+        temporary = path.with_name(path.name + ".part")
+        torch.save(state, temporary)
+        temporary.replace(path)
+
+    def load(self, path: str | Path) -> None:
+        """Continue from a state that ``save`` wrote for the same operator.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the state belongs to an operator of another size, or of other values: the
+            last recorded product is done again and compared.
+        """
+        state: dict[str, Any] = torch.load(path, map_location=self._device, weights_only=True)
+        if state["size"] != self.operator.shape[0]:
+            msg = (
+                f"The checkpoint {path} belongs to an operator with {state['size']} rows, this "
+                f"one has {self.operator.shape[0]}. Delete it or name another file."
+            )
+            raise InvalidArgumentError(msg)
+        self._chunks, self.num_steps = [], 0
+        for row in state["basis"].to(self._dtype):
+            self._append(row)
+        self._alpha, self._beta = list(state["alpha"]), list(state["beta"])
+        self._leak, self.noise = state["leak"], state["noise"]
+        self.closed, self.start_norm = state["closed"], state["start_norm"]
+        self._next = state["next"].to(self._dtype)
+        if self.num_steps:
+            last = self._rows()[-1][-1]
+            rayleigh = float(last @ self._product(last))
+            if abs(rayleigh - self._alpha[-1]) > 100 * self.guard:
+                msg = (
+                    f"The checkpoint {path} was made with other parameters or data: q^T A q is "
+                    f"{rayleigh:.6g} now and was {self._alpha[-1]:.6g}. Delete it to start anew."
+                )
+                raise InvalidArgumentError(msg)
+
+
+def _check_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        msg = f"num_steps must be at least 1, got {num_steps}."
+        raise InvalidArgumentError(msg)
+
+
+def _operator_of(matvec: Any, start: Tensor) -> LinearOperator:
+    if isinstance(matvec, LinearOperator) or not callable(matvec):
+        return as_operator(matvec)
+    size = start.shape[0]
+    dtype = start.dtype if start.dtype.is_floating_point else torch.float64
+    return FunctionOperator(matvec, (size, size), dtype, start.device)
+
+
+def lanczos(
+    matvec: Callable[[Tensor], Tensor] | LinearOperator | Tensor,
+    start: Tensor,
+    num_steps: int,
+) -> Lanczos:
+    """Tridiagonalise a symmetric operator with full reorthogonalisation.
+
+    Parameters
+    ----------
+    matvec : callable, LinearOperator or matrix
+        ``v -> A v`` for tensors of shape ``(n,)``.
+    start : Tensor of shape (n,)
+    num_steps : int
+        Steps wanted. Fewer are done when the Krylov space closes before.
+
+    Returns
+    -------
+    Lanczos
+        ``basis, tridiagonal, residual`` with ``A Q = Q T + r e_k^T``.
+
+    References
+    ----------
+    C. Lanczos, J. Res. Nat. Bur. Standards 45 (1950) 255-282. Y. Saad, Numerical Methods for
+    Large Eigenvalue Problems, 2nd ed., 2011, section 6.6.
+    """
+    _check_steps(num_steps)
+    run = LanczosRun(_operator_of(matvec, start), start)
+    run.extend(num_steps)
+    tridiagonal = torch.from_numpy(run.jacobi.dense())
+    return Lanczos(run.basis, tridiagonal, run.residual)
+
+
+def block_lanczos(
+    matmat: Callable[[Tensor], Tensor] | LinearOperator | Tensor,
+    start: Tensor,
+    num_steps: int,
+    *,
+    seed: int | torch.Generator = 0,
+) -> BlockLanczos:
+    """Block Lanczos with full reorthogonalisation: sees multiplicities up to the block size.
+
+    Parameters
+    ----------
+    matmat : callable, LinearOperator or matrix
+        ``V -> A V`` for blocks of shape ``(n, p)``.
+    start : Tensor of shape (n, p)
+        Of any rank of at least one; dependent columns are replaced by random ones.
+    num_steps : int
+        Block steps wanted; fewer are done when the whole space is spanned.
+    seed : int or torch.Generator
+        For the replacement of directions that close early.
+
+    Returns
+    -------
+    BlockLanczos
+        ``basis, projected, residual`` with ``A Q = Q T + R E_k^T``.
+
+    References
+    ----------
+    G. H. Golub, R. Underwood, in Mathematical Software III, 1977, 361-377.
+    """
+    _check_steps(num_steps)
+    if start.ndim != 2:
+        msg = f"The start block must have shape (n, p), got {tuple(start.shape)}."
+        raise ShapeError(msg)
+    size, width = start.shape
+    operator = _operator_of(matmat, start) if not callable(matmat) else None
+    generator = make_generator(seed)
+    block, _ = _orthonormal_block(start.to(torch.float64), start[:, :0].double(), generator)
+    basis = block
+    projected = torch.zeros(0, 0, dtype=torch.float64)
+    while True:
+        product = operator.matmat(block) if operator is not None else matmat(block)  # type: ignore[operator]
+        product = product.to(torch.float64)
+        coefficients = basis.T @ product
+        rest = product - basis @ coefficients
+        again = basis.T @ rest
+        rest -= basis @ again
+        coefficients = (coefficients + again).cpu()
+        old = projected.shape[0]
+        grown = torch.zeros(old + width, old + width, dtype=torch.float64)
+        grown[:old, :old] = projected
+        diagonal = coefficients[old:]
+        grown[old:, old:] = (diagonal + diagonal.T) / 2
+        if old:
+            grown[old - width : old, old:] = coefficients[old - width : old]
+            grown[old:, old - width : old] = coefficients[old - width : old].T
+        projected = grown
+        steps = projected.shape[0] // width
+        if steps == num_steps or basis.shape[1] + width > size:
+            return BlockLanczos(basis, projected, rest)
+        block, _ = _orthonormal_block(rest, basis, generator)
+        basis = torch.cat([basis, block], dim=1)
+
+
+def _orthonormal_block(
+    block: Tensor, basis: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """QR of ``block`` orthogonal to ``basis``; directions of no size become random ones."""
+    q, r = torch.linalg.qr(block)
+    scale = torch.linalg.matrix_norm(block, 2)
+    dead = torch.diagonal(r).abs() <= 1e-12 * torch.clamp_min(scale, 1e-300)
+    q = torch.where(dead, torch.zeros_like(q), q)
+    fresh = torch.randn(q.shape, dtype=q.dtype, generator=generator).to(q.device)
+    q = torch.where(dead, fresh, q)
+    for _ in range(2):
+        q = q - basis @ (basis.T @ q)
+        q, _ = torch.linalg.qr(q)
+    return q, r
+
+
+def power_iteration(
+    matvec: Callable[[Tensor], Tensor] | LinearOperator | Tensor,
+    start: Tensor,
+    num_steps: int = 1000,
+    rtol: float = 1e-6,
+) -> PowerIteration:
+    """Eigenvalue of largest magnitude by power iteration.
+
+    Each step takes the Rayleigh-Ritz pair from the span of the last *two* iterates,
+    at no further product. So a spectrum that is symmetric about zero, where plain power
+    iteration never settles, converges like any other.
+
+    Parameters
+    ----------
+    matvec : callable, LinearOperator or matrix
+        ``v -> A v`` with ``A`` symmetric, tensors of shape ``(n,)``.
+    start : Tensor of shape (n,)
+    num_steps : int
+        Products at most.
+    rtol : float
+        Stop when the residual norm is at most ``rtol`` times the Ritz value.
+
+    Returns
+    -------
+    PowerIteration
+    """
+    _check_steps(num_steps)
+    if not 0 < rtol < 1:
+        msg = f"rtol must lie between 0 and 1, got {rtol}."
+        raise InvalidArgumentError(msg)
+    operator = _operator_of(matvec, start)
+    norm = torch.linalg.vector_norm(start.to(torch.float64))
+    if not (torch.isfinite(norm) and norm > 0):
+        msg = "The start vector of power iteration must be finite and not zero."
+        raise InvalidArgumentError(msg)
+    current = start.detach().to(operator.device, torch.float64) / norm
+    previous: tuple[Tensor, Tensor] | None = None
+    best = PowerIteration(float("nan"), current, float("inf"), 0, False)
+    for step in range(1, num_steps + 1):
+        image = operator.matvec(current).to(torch.float64)
+        best = _ritz_pair(current, image, previous)._replace(num_matvecs=step)
+        if not np.isfinite(best.residual_norm):
+            msg = "A product of the operator is not finite (NaN or infinity)."
+            raise NonFiniteError(msg)
+        length = torch.linalg.vector_norm(image)
+        if best.residual_norm <= rtol * abs(best.value) or float(length) == 0:
+            return best._replace(converged=True)
+        previous = (current, image)
+        current = image / length
+    return best
+
+
+def _ritz_pair(
+    vector: Tensor, image: Tensor, previous: tuple[Tensor, Tensor] | None
+) -> PowerIteration:
+    """The dominant Ritz pair of one vector, or of two when the older one adds a direction."""
+    quotient = vector @ image
+    residual = torch.linalg.vector_norm(image - quotient * vector)
+    single = PowerIteration(float(quotient), vector, float(residual), 0, False)
+    if previous is None:
+        return single
+    overlap = vector @ previous[0]
+    other = previous[0] - overlap * vector
+    length = torch.linalg.vector_norm(other)
+    if float(length) < 1e-5:  # parallel to rounding: the difference has no digits left
+        return single
+    basis = torch.stack([vector, other / length])
+    images = torch.stack([image, (previous[1] - overlap * image) / length])
+    small = basis @ images.T
+    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    top = int(values.abs().argmax())
+    ritz = vectors[:, top] @ basis
+    residual = torch.linalg.vector_norm(vectors[:, top] @ images - values[top] * ritz)
+    if float(residual) >= single.residual_norm:
+        return single
+    return PowerIteration(float(values[top]), ritz, float(residual), 0, False)

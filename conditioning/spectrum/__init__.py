@@ -1,0 +1,18 @@
+"""Eigenvalues, condition number, density, trace and index of a symmetric operator."""
+
+from conditioning.spectrum.condition import condition_number
+from conditioning.spectrum.density import SpectralDensity, index, spectral_density, trace
+from conditioning.spectrum.eigenvalues import eigenvalues
+from conditioning.spectrum.results import ConditionNumber, Eigenvalues, Estimate
+
+__all__ = [
+    "ConditionNumber",
+    "Eigenvalues",
+    "Estimate",
+    "SpectralDensity",
+    "condition_number",
+    "eigenvalues",
+    "index",
+    "spectral_density",
+    "trace",
+]

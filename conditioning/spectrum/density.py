@@ -1,0 +1,313 @@
+"""Spectral density, trace and index: what random probes say of the whole spectrum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.stats import t as student_t
+
+from conditioning.errors import InvalidArgumentError
+from conditioning.jacobi import Array
+from conditioning.krylov import LanczosRun, make_generator, random_start
+from conditioning.operators.base import LinearOperator, dense_bytes
+from conditioning.spectrum.condition import DENSE_MAX, dense_eigenvalues, square
+from conditioning.spectrum.measure import Probe, SpectralMeasure
+from conditioning.spectrum.results import Estimate, Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_METHODS = ("auto", "dense", "lanczos")
+
+
+@dataclass(frozen=True)
+class SpectralDensity(Result):
+    """The distribution of all ``n`` eigenvalues.
+
+    Attributes
+    ----------
+    nodes, weights : ndarray of shape (m,)
+        Quadrature nodes, ascending, and their shares of the spectrum (they sum to 1). All
+        eigenvalues with equal shares when the status is ``exact``.
+    size : int
+        ``n``.
+    num_probes, num_steps, num_matvecs : int
+    status : {"exact", "estimated"}
+    message : str
+    failure_probability : float
+        Of an enclosure by ``cdf`` or ``quantile``.
+    """
+
+    nodes: Array
+    weights: Array
+    size: int
+    num_probes: int
+    num_steps: int
+    num_matvecs: int
+    status: str
+    message: str
+    failure_probability: float
+    error: float
+    _measure: SpectralMeasure | None = field(repr=False, compare=False, default=None)
+
+    def cdf(self, point: float) -> Estimate:
+        """Share of eigenvalues up to ``point``, with an enclosure."""
+        if self._measure is None:
+            ends = [float((self.nodes <= point + e).mean()) for e in (0, -self.error, self.error)]
+            return Estimate(*ends)
+        value = float(self.weights[self.nodes <= point].sum())
+        count = self._measure.count_at(point, self.failure_probability)
+        low, high = count.low / self.size, count.high / self.size
+        return Estimate(float(np.clip(value, low, high)), low, high)
+
+    def quantile(self, q: float, *, absolute: bool = False) -> Estimate:
+        """The ``q``-quantile of the eigenvalues (of ``|lambda|`` with ``absolute``), enclosed.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If ``q`` is not between 0 and 1.
+        """
+        if not 0 <= q <= 1:
+            msg = f"q must lie between 0 and 1, got {q}."
+            raise InvalidArgumentError(msg)
+        if self._measure is None:
+            values = np.abs(self.nodes) if absolute else self.nodes
+            value = float(np.quantile(values, q))
+            low = value - self.error
+            return Estimate(value, max(low, 0.0) if absolute else low, value + self.error)
+        return self._measure.quantile(q, self.failure_probability, absolute=absolute)
+
+    def density(self, points: Array, width: float | None = None) -> Array:
+        """Density at ``points``: nodes widened to Gaussians of standard deviation ``width``.
+
+        The default width is a hundredth of the span of the nodes.
+        """
+        points = np.asarray(points, dtype=np.float64)
+        span = float(self.nodes[-1] - self.nodes[0])
+        width = (0.01 * span or 1e-3) if width is None else width
+        distance = (points[..., None] - self.nodes) / width
+        kernel = np.exp(-0.5 * distance**2) / (width * math.sqrt(2 * math.pi))
+        return np.asarray(kernel @ self.weights)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw it: see ``conditioning.plots.plot_density``."""
+        from conditioning.plots import plot_density
+
+        return plot_density(self, ax)
+
+    def __str__(self) -> str:
+        ends = f"[{self.nodes[0]:.4g}, {self.nodes[-1]:.4g}]"
+        return (
+            f"spectral density of {self.size} eigenvalues on {ends} ({self.status}, "
+            f"{self.num_matvecs} products): {self.message}"
+        )
+
+
+def spectral_density(
+    operator: Any,
+    num_probes: int = 10,
+    num_steps: int = 80,
+    seed: int | torch.Generator = 0,
+    *,
+    failure_probability: float = 1e-3,
+    method: str = "auto",
+) -> SpectralDensity:
+    """Distribution of the eigenvalues by stochastic Lanczos quadrature.
+
+    Parameters
+    ----------
+    operator : LinearOperator, Tensor, ndarray or scipy LinearOperator
+        Symmetric, ``(n, n)``.
+    num_probes : int
+        Gaussian start vectors: sampling error goes like ``1 / sqrt(n num_probes)``.
+    num_steps : int
+        Lanczos steps per probe: resolution.
+    seed : int or torch.Generator
+    failure_probability : float
+        Of one enclosure by ``cdf`` or ``quantile``.
+    method : {"auto", "dense", "lanczos"}
+        ``auto`` is exact where all ``n`` columns cost no more than the probes would.
+
+    Returns
+    -------
+    SpectralDensity
+
+    References
+    ----------
+    G. H. Golub, J. H. Welsch, Math. Comp. 23 (1969) 221-230. L. Lin, Y. Saad, C. Yang,
+    SIAM Review 58 (2016) 34-65.
+    """
+    taken = square(operator)
+    size = taken.shape[0]
+    _check_counts(num_probes=num_probes, num_steps=num_steps)
+    _check_method(method, failure_probability)
+    spent = taken.num_matvecs
+    if method == "dense" or (method == "auto" and size <= num_probes * num_steps):
+        values, error = dense_eigenvalues(taken, None)
+        return SpectralDensity(
+            values, np.full(size, 1 / size), size, 0, 0, taken.num_matvecs - spent, "exact",
+            "all eigenvalues known", 0.0, error,
+        )  # fmt: skip
+    probes = _probes(taken, num_probes, num_steps, seed)
+    measure = SpectralMeasure(probes, size)
+    nodes, weights = measure.nodes(absolute=False)
+    return SpectralDensity(
+        nodes, weights, size, num_probes, max(p.jacobi.size for p in probes),
+        taken.num_matvecs - spent, "estimated",
+        f"{num_probes} probes of {num_steps} steps; an enclosure by cdf or quantile fails with "
+        f"probability at most {failure_probability:g}",
+        failure_probability, max(p.guard for p in probes), measure,
+    )  # fmt: skip
+
+
+def _probes(
+    operator: LinearOperator, num_probes: int, num_steps: int, seed: int | torch.Generator
+) -> list[Probe]:
+    generator = make_generator(seed)
+    probes: list[Probe] = []
+    noise = 0.0
+    for i in range(num_probes):
+        start = random_start(operator.shape[0], generator, operator.device)
+        run = LanczosRun(operator, start, measure_noise=i == 0)
+        run.noise = noise
+        run.extend(num_steps)
+        noise = run.noise
+        probes.append(Probe(run.jacobi, run.start_norm**2, run.guard))
+    return probes
+
+
+def index(
+    operator: Any,
+    num_probes: int = 4,
+    num_steps: int = 100,
+    zero_rtol: float = 1e-10,
+    seed: int | torch.Generator = 0,
+    *,
+    failure_probability: float = 1e-3,
+    method: str = "auto",
+) -> Estimate:
+    """Fraction of negative eigenvalues (those below ``-zero_rtol * max |lambda|``).
+
+    Parameters
+    ----------
+    operator : LinearOperator, Tensor, ndarray or scipy LinearOperator
+        Symmetric, ``(n, n)``.
+    num_probes, num_steps : int
+        Lanczos runs of the matrix-free route.
+    zero_rtol : float
+    seed : int or torch.Generator
+    failure_probability : float
+        Of the enclosure.
+    method : {"auto", "dense", "lanczos"}
+        ``auto`` is exact up to n = 8192 where the memory allows.
+
+    Returns
+    -------
+    Estimate
+        Between 0 and 1; exact (to what rounding leaves open) on the dense route.
+    """
+    taken = square(operator)
+    size = taken.shape[0]
+    _check_counts(num_probes=num_probes, num_steps=num_steps)
+    _check_method(method, failure_probability)
+    if method == "dense" or (method == "auto" and _dense_fits(taken)):
+        values, error = dense_eigenvalues(taken, None)
+        cut = max(zero_rtol * float(np.abs(values).max()), error)
+        # What rounding leaves open may be on either side of the cut.
+        ends = [float((values < -c).mean()) for c in (cut, cut + error, cut - error)]
+        return Estimate(*ends)
+    probes = _probes(taken, num_probes, num_steps, seed)
+    cut = max(
+        zero_rtol * max(p.jacobi.scale for p in probes), 4 * max(p.guard for p in probes)
+    )
+    measure = SpectralMeasure(probes, size)
+    nodes, weights = measure.nodes(absolute=False)
+    count = measure.count_at(-cut, failure_probability)
+    low, high = count.low / size, count.high / size
+    value = float(weights[nodes < -cut].sum())
+    return Estimate(float(np.clip(value, low, high)), low, high)
+
+
+def trace(
+    operator: Any,
+    num_probes: int = 64,
+    seed: int | torch.Generator = 0,
+    *,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Trace by Hutchinson's estimator, with a Student interval.
+
+    Parameters
+    ----------
+    operator : LinearOperator, Tensor, ndarray or scipy LinearOperator
+        Square, ``(n, n)``.
+    num_probes : int
+        Random sign vectors, one product each. With ``num_probes >= n`` the trace is exact.
+    seed : int or torch.Generator
+    confidence : float
+        Of the interval. It is asymptotic: the estimates of single probes are taken as normal.
+
+    Returns
+    -------
+    Estimate
+
+    References
+    ----------
+    M. F. Hutchinson, Comm. Statist. Simulation Comput. 19 (1990) 433-450.
+    """
+    taken = square(operator)
+    size = taken.shape[0]
+    _check_counts(num_probes=num_probes)
+    if num_probes < 2:
+        msg = f"num_probes must be at least 2, so that there is a spread, got {num_probes}."
+        raise InvalidArgumentError(msg)
+    if not 0 < confidence < 1:
+        msg = f"confidence must lie between 0 and 1, got {confidence}."
+        raise InvalidArgumentError(msg)
+    if num_probes >= size:
+        diagonal = torch.diagonal(taken.dense()).to(torch.float64)
+        value = float(diagonal.sum())
+        eps = torch.finfo(taken.dtype).eps
+        error = eps * math.sqrt(size) * float(diagonal.abs().sum())
+        return Estimate(value, value - error, value + error)
+    generator = make_generator(seed)
+    samples = []
+    for begin in range(0, num_probes, 16):
+        count = min(16, num_probes - begin)
+        bits = torch.randint(0, 2, (size, count), generator=generator, device=generator.device)
+        signs = (2 * bits - 1).to(taken.device, torch.float64)
+        product = taken.matmat(signs).to(torch.float64)
+        samples.append((signs * product).sum(dim=0))
+    values = torch.cat(samples).cpu().numpy()
+    value = float(values.mean())
+    error = float(values.std(ddof=1) / math.sqrt(num_probes))
+    error *= float(student_t.ppf((1 + confidence) / 2, num_probes - 1))
+    return Estimate(value, value - error, value + error)
+
+
+def _dense_fits(operator: LinearOperator) -> bool:
+    from conditioning.memory import available_bytes
+
+    fits = dense_bytes(operator.shape, operator.dtype) <= available_bytes(operator.device) // 2
+    return operator.shape[0] <= DENSE_MAX and fits
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+            msg = f"{name} must be a positive integer, got {count!r}."
+            raise InvalidArgumentError(msg)
+
+
+def _check_method(method: str, failure_probability: float) -> None:
+    if method not in _METHODS:
+        msg = f"method must be one of {', '.join(_METHODS)}, got {method!r}."
+        raise InvalidArgumentError(msg)
+    if not 0 < failure_probability < 0.5:
+        msg = f"failure_probability must lie between 0 and 0.5, got {failure_probability}."
+        raise InvalidArgumentError(msg)

@@ -1,0 +1,366 @@
+"""Extreme eigenvalues with multiplicity, and a certificate that none was missed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conditioning.errors import InvalidArgumentError
+from conditioning.jacobi import Array
+from conditioning.krylov import LanczosRun, make_generator, power_iteration, random_start
+from conditioning.memory import available_bytes
+from conditioning.operators.base import FunctionOperator, LinearOperator
+from conditioning.spectrum.condition import dense_eigenvalues, square
+from conditioning.spectrum.measure import inverse_weight
+from conditioning.spectrum.results import Eigenvalues, Estimate
+
+# How far beyond the k-th value an eigenvalue that nobody saw could lie: resolving less
+# costs products like 1 / sqrt of it.
+_SLACK = 1e-2
+_KEYS: dict[str, Callable[[Array], Array]] = {
+    "LM": np.abs,
+    "LA": lambda values: values,
+    "SA": lambda values: -values,
+    "SM": lambda values: -np.abs(values),
+}
+_METHODS = ("lanczos", "power", "dense")
+
+
+@dataclass
+class _Locked:
+    """Converged Ritz pairs, kept orthonormal, best first."""
+
+    vectors: Tensor
+    values: Array
+    residuals: Array
+
+    def add(self, vectors: Tensor, values: Array, residuals: Array, key: Any, k: int) -> None:
+        order = np.argsort(-key(np.concatenate([self.values, values])), kind="stable")[:k]
+        self.values = np.concatenate([self.values, values])[order]
+        self.residuals = np.concatenate([self.residuals, residuals])[order]
+        both = torch.cat([self.vectors, vectors], dim=1)
+        self.vectors = both[:, torch.as_tensor(order, device=both.device)]
+
+
+def eigenvalues(
+    operator: Any,
+    k: int = 5,
+    which: str = "LM",
+    method: str = "lanczos",
+    rtol: float = 1e-6,
+    vectors: bool = False,
+    seed: int | torch.Generator = 0,
+    *,
+    max_matvecs: int = 1000,
+    failure_probability: float = 1e-6,
+    memory_budget: int | None = None,
+) -> Eigenvalues:
+    """The ``k`` extreme eigenvalues of a symmetric operator, multiplicities counted.
+
+    Parameters
+    ----------
+    operator : LinearOperator, Tensor, ndarray or scipy LinearOperator
+        Symmetric, ``(n, n)``.
+    k : int
+        How many, at most ``n``.
+    which : {"LM", "LA", "SA", "SM"}
+        Largest magnitude, largest, smallest (most negative), or smallest magnitude. No
+        Krylov method finds the smallest magnitudes on its own: ``SM`` takes ``method="dense"``;
+        for large ``n`` see ``condition_number``.
+    method : {"lanczos", "power", "dense"}
+        Lanczos with locking, power iteration with deflation, or all eigenvalues.
+    rtol : float
+        Residual norms are brought below ``rtol * max |lambda|``.
+    vectors : bool
+        Also return the unit eigenvectors.
+    seed : int or torch.Generator
+    max_matvecs : int
+        Products at most (the dense route takes n).
+    failure_probability : float
+        Allowed to the statement that no eigenvalue was missed.
+    memory_budget : int, optional
+        Bytes for the basis. Default: half of what is free.
+
+    Returns
+    -------
+    Eigenvalues
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an option is out of range.
+
+    Notes
+    -----
+    A Krylov space from one vector holds one copy of each eigenvalue. So after convergence
+    the pairs are locked, and a run on the rest of the space either finds what is missing
+    (further copies, overlooked values), or excludes it up to 1 % beyond the ``k``-th value.
+    """
+    taken = square(operator)
+    size = taken.shape[0]
+    _check(k, size, which, method, rtol, max_matvecs, failure_probability)
+    spent = taken.num_matvecs
+    small = size <= 32 or 4 * k >= size
+    if method == "dense" or (method == "lanczos" and small and size <= max_matvecs):
+        return _dense(taken, k, which, vectors, memory_budget, spent)
+    key = _KEYS[which]
+    generator = make_generator(seed)
+    locked = _Locked(
+        torch.empty(size, 0, dtype=torch.float64, device=taken.device), np.empty(0), np.empty(0)
+    )
+    if method == "power":
+        status, message = _power(taken, locked, k, which, rtol, max_matvecs, generator, spent)
+        outer = np.inf
+    else:
+        budget = available_bytes(taken.device) // 2 if memory_budget is None else memory_budget
+        search = _Search(taken, k, which, rtol, max_matvecs, failure_probability, spent)
+        search.max_basis = max(budget // (8 * size), 2 * k + 10)
+        status, message, outer = search.run(locked, generator)
+    used = taken.num_matvecs - spent
+    error = float(np.sqrt((locked.residuals**2).sum()))
+    estimates = tuple(_enclose(locked.values, key, outer, error, which))
+    return Eigenvalues(
+        estimates, tuple(map(float, locked.residuals)),
+        locked.vectors if vectors else None, which, method, used, status, message,
+        failure_probability if status == "certified" else 0.0,
+    )  # fmt: skip
+
+
+def _check(
+    k: int, size: int, which: str, method: str, rtol: float, max_matvecs: int, failure: float
+) -> None:
+    if which not in _KEYS:
+        msg = f"which must be one of {', '.join(_KEYS)}, got {which!r}."
+        raise InvalidArgumentError(msg)
+    if method not in _METHODS:
+        msg = f"method must be one of {', '.join(_METHODS)}, got {method!r}."
+        raise InvalidArgumentError(msg)
+    if which == "SM" and method != "dense":
+        msg = (
+            "Smallest magnitudes are interior eigenvalues, which Krylov products alone do not "
+            "find: use method='dense', or condition_number(), which bounds the smallest one."
+        )
+        raise InvalidArgumentError(msg)
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= size:
+        msg = f"k must be an integer between 1 and n = {size}, got {k}."
+        raise InvalidArgumentError(msg)
+    if not 0 < rtol < 1:
+        msg = f"rtol must lie between 0 and 1, got {rtol}."
+        raise InvalidArgumentError(msg)
+    if max_matvecs < 2:
+        msg = f"max_matvecs must be at least 2, got {max_matvecs}."
+        raise InvalidArgumentError(msg)
+    if not 0 < failure < 0.5:
+        msg = f"failure_probability must lie between 0 and 0.5, got {failure}."
+        raise InvalidArgumentError(msg)
+
+
+def _enclose(values: Array, key: Any, outer: float, error: float, which: str) -> list[Estimate]:
+    """Enclosure of the i-th eigenvalue by Weyl: locked block and rest, coupled by residuals.
+
+    The rest of the space may hold any number of eigenvalues with keys up to ``outer``, so
+    the i-th key is at most the larger of ``outer`` and the i-th locked one.
+    """
+    estimates = []
+    keys = key(values)
+    for i, value in enumerate(values):
+        beyond = max(outer - float(keys[i]), 0.0)
+        inward, outward = error, error + beyond
+        towards_larger = which == "LA" or (which == "LM" and value >= 0)
+        low, high = (inward, outward) if towards_larger else (outward, inward)
+        estimates.append(Estimate(float(value), float(value - low), float(value + high)))
+    return estimates
+
+
+def _dense(
+    operator: LinearOperator, k: int, which: str, vectors: bool, budget: int | None, spent: int
+) -> Eigenvalues:
+    basis = None
+    if vectors:
+        matrix = operator.dense(budget).to(torch.float64)
+        skew = float(torch.linalg.matrix_norm(matrix - matrix.T)) / 2
+        found, basis = torch.linalg.eigh((matrix + matrix.T) / 2)
+        values = found.cpu().numpy()
+        rounding = 4 * np.sqrt(len(values)) * np.finfo(np.float64).eps * np.abs(values).max()
+        error = skew + float(rounding)
+    else:
+        values, error = dense_eigenvalues(operator, budget)
+    order = np.argsort(-_KEYS[which](values), kind="stable")[:k]
+    if basis is not None:
+        basis = basis[:, torch.as_tensor(order.copy(), device=basis.device)]
+    return Eigenvalues(
+        tuple(Estimate(float(v), float(v - error), float(v + error)) for v in values[order]),
+        (error,) * k, basis, which, "dense", operator.num_matvecs - spent, "exact",
+        f"all {len(values)} eigenvalues known", 0.0,
+    )  # fmt: skip
+
+
+@dataclass
+class _Search:
+    """Lanczos runs on what is left of the space, until nothing wanted is left."""
+
+    operator: LinearOperator
+    k: int
+    which: str
+    rtol: float
+    max_matvecs: int
+    failure_probability: float
+    spent: int
+    max_basis: int = 0
+
+    @property
+    def left(self) -> int:
+        return self.max_matvecs - (self.operator.num_matvecs - self.spent)
+
+    def run(self, locked: _Locked, generator: torch.Generator) -> tuple[str, str, float]:
+        """Fill ``locked``; return status, message and the largest key that may be missing."""
+        size = self.operator.shape[0]
+        key = _KEYS[self.which]
+        rounds = 0
+        while True:
+            full = len(locked.values) == self.k
+            if self.left < 2:
+                return *self._unfinished(full), np.inf
+            found = LanczosRun(
+                self.operator, random_start(size, generator, self.operator.device),
+                deflate=locked.vectors, measure_noise=rounds == 0,
+            )  # fmt: skip
+            rounds += 1
+            floor = float(key(locked.values).min()) if full else -np.inf
+            # Each round is another chance to be wrong: the rounds share the allowance.
+            allowed = self.failure_probability / (rounds * (rounds + 1))
+            outer, settled = self._converge(found, floor, inverse_weight(size, allowed))
+            keys = key(found.jacobi.ritz_values)
+            new = np.flatnonzero((keys > floor + self._tolerance(found)) & settled)
+            if full and not len(new):
+                if outer <= floor + _SLACK * abs(floor) + self._tolerance(found):
+                    return *self._finished(found), max(outer, floor)
+                return *self._unfinished(True), np.inf
+            if not len(new):
+                return *self._unfinished(False), np.inf
+            best = new[np.argsort(-keys[new])][: self.k]
+            ritz = torch.from_numpy(found.jacobi.ritz_vectors[:, best].copy())
+            locked.add(
+                found.combine(ritz), found.jacobi.ritz_values[best],
+                found.jacobi.residual_norms[best] + found.guard, key, self.k,
+            )  # fmt: skip
+
+    def _tolerance(self, run: LanczosRun) -> float:
+        return max(self.rtol * run.jacobi.scale, 4 * run.guard)
+
+    def _converge(self, run: LanczosRun, floor: float, inverse_mass: float) -> tuple[float, Array]:
+        """Extend until what exceeds ``floor`` has converged or is excluded."""
+        key = _KEYS[self.which]
+        while True:
+            room = min(self.left - (0 if run.num_steps else 1), self.max_basis - run.num_steps)
+            if room > 0:
+                run.extend(min(5 if run.num_steps < 60 else run.num_steps // 12, room))
+            jacobi = run.jacobi
+            tolerance = self._tolerance(run)
+            keys = key(jacobi.ritz_values)
+            settled = jacobi.residual_norms <= tolerance
+            top = np.argsort(-keys)[: self.k]
+            if run.closed and not settled[top].all() and run.reopen():
+                continue
+            outer = self._outer(run, inverse_mass)
+            if run.closed or room <= 0:
+                return outer, settled
+            if np.isfinite(floor):
+                beyond = top[keys[top] > floor + tolerance]
+                if len(beyond) and settled[beyond].all():
+                    return outer, settled
+                if not len(beyond) and outer <= floor + _SLACK * abs(floor) + tolerance:
+                    return outer, settled
+            elif len(top) == self.k and settled[top].all():
+                return outer, settled
+
+    def _outer(self, run: LanczosRun, inverse_mass: float) -> float:
+        """Upper bound of the key over the space that the run lives in."""
+        jacobi = run.jacobi
+        if run.closed:
+            return float((_KEYS[self.which](jacobi.ritz_values)).max()) + run.guard
+        ends = []
+        if self.which in ("LM", "LA"):
+            ends.append(jacobi.right_end(inverse_mass))
+        if self.which in ("LM", "SA"):
+            ends.append(jacobi.mirrored().right_end(inverse_mass))
+        return max(ends) + run.guard
+
+    def _finished(self, run: LanczosRun) -> tuple[str, str]:
+        if run.closed:
+            return "exhausted", "the Krylov space of the rest closed: no eigenvalue is missing"
+        return "certified", (
+            f"no eigenvalue lies more than 1 % beyond the last value, with probability at least "
+            f"1 - {self.failure_probability:g}"
+        )
+
+    def _unfinished(self, full: bool) -> tuple[str, str]:
+        used = self.operator.num_matvecs - self.spent
+        if full:
+            return "not certified", (
+                f"{self.k} pairs converged, but {used} products did not exclude a missed one "
+                f"(multiplicity or cluster). Raise max_matvecs."
+            )
+        return "not converged", (
+            f"fewer than {self.k} pairs reached rtol={self.rtol:g} within {used} products. Raise "
+            f"max_matvecs, or rtol."
+        )
+
+
+def _power(
+    operator: LinearOperator,
+    locked: _Locked,
+    k: int,
+    which: str,
+    rtol: float,
+    max_matvecs: int,
+    generator: torch.Generator,
+    spent: int,
+) -> tuple[str, str]:
+    """Power iteration, one pair after the other; LA and SA by a shift that makes them dominant."""
+    key = _KEYS[which]
+    size = operator.shape[0]
+    shift = 0.0
+
+    def apply(vector: Tensor) -> Tensor:
+        basis = locked.vectors
+        inside = vector - basis @ (basis.T @ vector)
+        image = operator.matvec(inside).to(torch.float64) + shift * inside
+        return image - basis @ (basis.T @ image)
+
+    projected = FunctionOperator(apply, (size, size), torch.float64, operator.device)
+
+    def left() -> int:
+        return max_matvecs - (operator.num_matvecs - spent)
+
+    if which != "LM":
+        start = random_start(size, generator, operator.device)
+        top = power_iteration(projected, start, max(min(left() // 4, 50), 1), 1e-2)
+        # Any bound of the spectrum will do; a Ritz value plus residual is at hand.
+        bound = 1.1 * abs(top.value) + top.residual_norm
+        shift = bound if which == "LA" else -bound
+    converged = True
+    for _ in range(k):
+        if left() < 1:
+            break
+        start = random_start(size, generator, operator.device)
+        start = start - locked.vectors @ (locked.vectors.T @ start)
+        found = power_iteration(projected, start, left(), rtol)
+        converged &= found.converged
+        vector = found.vector - locked.vectors @ (locked.vectors.T @ found.vector)
+        vector = vector / torch.linalg.vector_norm(vector)
+        value, residual = np.array([found.value - shift]), np.array([found.residual_norm])
+        locked.add(vector[:, None], value, residual, key, k)
+    if not converged or len(locked.values) < k:
+        return "not converged", (
+            f"{max_matvecs} products were not enough for {k} pairs at rtol={rtol:g}. Use "
+            f"method='lanczos', which needs far fewer, or raise max_matvecs."
+        )
+    return "not certified", (
+        "residuals reached rtol; power iteration does not prove that no eigenvalue was missed"
+    )

@@ -1,0 +1,208 @@
+"""Statuses, messages and limits of ``condition_number``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from planted import diagonal, planted
+
+from conditioning import condition_number
+from conditioning.errors import InvalidArgumentError, NonFiniteError, ShapeError
+from conditioning.operators.base import FunctionOperator, MatrixOperator
+
+
+def test_a_small_generic_operator_is_exact():
+    values = np.linspace(-3, 7, 150)
+    result = condition_number(planted(values))
+    assert result.status == "exact"
+    assert result.value == pytest.approx(7 / np.abs(values).min(), rel=1e-9)
+    assert result.low <= 7 / np.abs(values).min() <= result.high
+    assert result.high / result.low < 1 + 1e-9
+
+
+def test_a_degenerate_operator_is_exhausted_after_its_distinct_eigenvalues():
+    values = np.repeat([1.0, -1.0, 2.0, -2.0, 0.25], 60)
+    result = condition_number(planted(values))
+    assert (result.status, result.distinct) == ("exhausted", 5)
+    assert result.num_matvecs == 6  # five steps and the product that measures the noise
+    assert result.value == pytest.approx(8.0, rel=1e-10)
+    assert 8.0 in result.estimate
+
+
+def test_a_large_gap_is_certified_with_few_products():
+    values = np.concatenate([np.linspace(2, 10, 9000), [0.5]])
+    operator = FunctionOperator(lambda v, d=torch.as_tensor(values): d * v, (9001, 9001))
+    result = condition_number(operator)
+    assert result.status == "certified"
+    assert result.num_matvecs < 150
+    assert result.low <= 20 <= result.high <= result.low * 1.01
+
+
+def test_what_cannot_be_certified_is_a_lower_bound_with_its_price():
+    values = np.logspace(-7, 0, 9000)
+    operator = FunctionOperator(lambda v, d=torch.as_tensor(values): d * v, (9000, 9000))
+    result = condition_number(operator, max_matvecs=60)
+    assert result.status == "lower bound only"
+    assert math.isinf(result.high)
+    assert 1 < result.low <= 1e7
+    assert result.value == result.low
+    for part in ("is certain", "certifying would take about", "products", "GiB"):
+        assert part in result.message
+
+
+def test_eigenvalues_on_both_sides_of_the_threshold_are_reported():
+    values = np.concatenate([np.linspace(1, 2, 40), [3e-10, 5e-11]])
+    for method in ("dense", "lanczos"):
+        result = condition_number(planted(values), method=method)
+        assert result.status == "depends on threshold"
+        assert result.below_threshold == pytest.approx(5e-11, rel=1e-2)
+        assert result.above_threshold == pytest.approx(3e-10, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["dense", "lanczos"])
+def test_what_lies_below_the_rounding_is_not_resolvable(method):
+    values = np.concatenate([np.linspace(1, 2, 60), np.full(20, 1e-9)])
+    noisy = planted(values, dtype=torch.float32)
+    operator = FunctionOperator(lambda v: noisy @ v, (80, 80), torch.float32)
+    result = condition_number(operator, method=method)
+    assert result.status in ("not resolvable", "exact")
+    if method == "lanczos":
+        assert result.status == "not resolvable"
+        assert "float64" in result.message
+
+
+def test_a_raised_threshold_is_part_of_the_result():
+    values = np.concatenate([np.linspace(1, 2, 60)])
+    result = condition_number(planted(values, dtype=torch.float32), method="lanczos")
+    assert result.zero_threshold > 1e-10 * 2
+    assert result.status in ("certified", "exhausted")
+    assert result.low <= 2 * (1 + 1e-6)
+    assert result.high >= 2 * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("method", ["auto", "dense", "lanczos"])
+@pytest.mark.parametrize("percentile", [None, 10])
+def test_a_zero_operator_says_so_in_words(method, percentile):
+    zero = torch.zeros(30, 30, dtype=torch.float64)
+    result = condition_number(zero, method=method, percentile=percentile)
+    assert "zero operator" in result.message
+    assert "zero operator" in str(result)
+    assert math.isnan(result.value)
+    assert result.nullity.value == 30
+    json.dumps(result.to_dict())
+
+
+def test_the_null_space_is_counted_and_kept_out():
+    values = np.concatenate([np.zeros(25), np.linspace(1, 4, 75), -np.linspace(1, 4, 50)])
+    dense = condition_number(planted(values), method="dense")
+    assert (dense.nullity.low, dense.nullity.value, dense.nullity.high) == (25, 25, 25)
+    assert dense.value == pytest.approx(4.0, rel=1e-9)
+    lanczos = condition_number(planted(values), method="lanczos")
+    assert 25 in lanczos.nullity
+    assert lanczos.low <= 4.0 <= lanczos.high
+
+
+@pytest.mark.parametrize("q", [0, 10, 50, 90])
+def test_percentiles_are_those_of_numpy(q):
+    values = np.random.default_rng(0).standard_normal(201)
+    expected = np.abs(values).max() / np.percentile(np.abs(values), q)
+    dense = condition_number(planted(values), percentile=q)
+    assert dense.value == pytest.approx(expected, rel=1e-9)
+    assert dense.status == "exact"
+    lanczos = condition_number(planted(values), percentile=q, method="lanczos")
+    assert lanczos.low <= expected <= lanczos.high
+
+
+def test_a_percentile_inside_the_null_space_is_not_resolvable():
+    values = np.concatenate([np.zeros(40), np.linspace(1, 4, 60)])
+    for method in ("dense", "lanczos"):
+        result = condition_number(planted(values), percentile=10, method=method)
+        assert result.status == "not resolvable"
+
+
+def test_an_own_limit_is_kept_on_every_route():
+    matrix = planted(np.linspace(0.1, 5, 300))
+    for limit in (5, 40, 200, 299, 300, 301, 700):
+        for percentile in (None, 10):
+            operator = MatrixOperator(matrix)
+            result = condition_number(operator, max_matvecs=limit, percentile=percentile)
+            assert result.num_matvecs == operator.num_matvecs <= limit
+            assert (result.status == "exact") <= (limit >= 300)
+
+
+def test_the_same_seed_gives_the_same_result_and_the_global_generator_is_untouched():
+    matrix = planted(np.linspace(1, 5, 300))
+    state = torch.get_rng_state()
+    first = condition_number(matrix, method="lanczos", seed=4)
+    second = condition_number(matrix, method="lanczos", seed=torch.Generator().manual_seed(4))
+    assert first == second
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_an_interrupted_run_continues_from_its_checkpoint(tmp_path):
+    values = torch.linspace(1, 5, 9000, dtype=torch.float64)
+    products = []
+
+    def matvec(vector):
+        products.append(1)
+        if len(products) == 30:
+            raise KeyboardInterrupt
+        return values * vector
+
+    operator = FunctionOperator(matvec, (9000, 9000))
+    with pytest.raises(KeyboardInterrupt):
+        condition_number(operator, checkpoint=tmp_path / "run.pt")
+    resumed = condition_number(operator, checkpoint=tmp_path / "run.pt")
+    plain = condition_number(FunctionOperator(lambda v: values * v, (9000, 9000)))
+    assert (resumed.value, resumed.low, resumed.high) == (plain.value, plain.low, plain.high)
+    assert resumed.num_matvecs < plain.num_matvecs - 15
+
+
+def test_size_one_and_two():
+    assert condition_number(torch.tensor([[-3.0]], dtype=torch.float64)).value == 1.0
+    assert condition_number(diagonal([2.0, -8.0])).value == pytest.approx(4.0)
+
+
+def test_results_are_frozen_and_print_as_one_line():
+    result = condition_number(planted(np.linspace(1, 5, 60)))
+    assert "\n" not in str(result)
+    assert str(result).startswith("kappa = 5")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.value = 0.0
+    assert set(json.loads(json.dumps(result.to_dict()))) >= {"value", "low", "high", "status"}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"rtol": 0.0}, "rtol"),
+        ({"rtol": 1.5}, "rtol"),
+        ({"rtol": float("nan")}, "rtol"),
+        ({"zero_rtol": -1.0}, "zero_rtol"),
+        ({"percentile": 100}, "percentile"),
+        ({"percentile": -1}, "percentile"),
+        ({"max_matvecs": 0}, "max_matvecs"),
+        ({"failure_probability": 0.0}, "failure_probability"),
+        ({"method": "arnoldi"}, "auto, dense, lanczos"),
+        ({"seed": 1.5}, "seed"),
+    ],
+)
+def test_options_out_of_range_are_named(options, text):
+    with pytest.raises(InvalidArgumentError, match=text):
+        condition_number(torch.eye(40, dtype=torch.float64), **options)
+
+
+def test_operators_of_the_wrong_kind_are_named():
+    with pytest.raises(ShapeError, match="square"):
+        condition_number(torch.ones(3, 4))
+    with pytest.raises(ShapeError, match="not symmetric"):
+        condition_number(torch.triu(torch.ones(4, 4)))
+    with pytest.raises(InvalidArgumentError, match="Expected an operator"):
+        condition_number("hessian")
+    with pytest.raises(NonFiniteError, match="not finite"):
+        condition_number(torch.full((4, 4), float("nan"), dtype=torch.float64))
