@@ -57,9 +57,7 @@ class JacobiMatrix:
     def dense(self) -> Array:
         """The matrix, shape ``(k, k)``."""
         return (
-            np.diag(self.diagonal)
-            + np.diag(self.off_diagonal, 1)
-            + np.diag(self.off_diagonal, -1)
+            np.diag(self.diagonal) + np.diag(self.off_diagonal, 1) + np.diag(self.off_diagonal, -1)
         )
 
     def mirrored(self) -> JacobiMatrix:
@@ -69,7 +67,7 @@ class JacobiMatrix:
     @cached_property
     def _eigh(self) -> tuple[Array, Array]:
         values, vectors = eigh_tridiagonal(self.diagonal, self.off_diagonal)
-        return values, vectors
+        return np.asarray(values), np.asarray(vectors)
 
     @property
     def ritz_values(self) -> Array:
@@ -84,12 +82,12 @@ class JacobiMatrix:
     @property
     def weights(self) -> Array:
         """Gauss weights: squared first components, shape ``(k,)``."""
-        return self._eigh[1][0] ** 2
+        return np.square(self._eigh[1][0])
 
     @property
     def residual_norms(self) -> Array:
         """Residual norm of every Ritz pair: an eigenvalue lies that near (Weinstein)."""
-        return self.residual_norm * np.abs(self._eigh[1][-1])
+        return np.asarray(self.residual_norm * np.abs(self._eigh[1][-1]))
 
     @property
     def scale(self) -> float:
@@ -219,7 +217,7 @@ class JacobiMatrix:
     @cached_property
     def _gauss_sums(self) -> Array:
         sums = np.concatenate([[0.0], np.cumsum(self.weights)])
-        return np.minimum(sums, 1.0)
+        return np.asarray(np.minimum(sums, 1.0))
 
     def cumulated(self, points: Array) -> tuple[Array, Array]:
         """Bounds ``low <= mu((-inf, t))`` and ``mu((-inf, t]) <= high`` at sorted points.

@@ -333,9 +333,7 @@ class LanczosRun:
     def basis(self) -> Tensor:
         """Orthonormal basis, shape ``(n, k)``."""
         if not self.num_steps:
-            return torch.empty(
-                self.operator.shape[0], 0, dtype=self._dtype, device=self._device
-            )
+            return torch.empty(self.operator.shape[0], 0, dtype=self._dtype, device=self._device)
         return torch.cat(self._rows()).T
 
     @property

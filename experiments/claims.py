@@ -367,8 +367,6 @@ def decide_every(claim: Claim, measured: Sequence[Measured], *, note: str = "") 
     same = [verdict for verdict in verdicts if verdict.value == value]
     worst = max(same, key=_strain)
     notes = [note] if note else []
-    if len(verdicts) > 1:
-        notes.append(f"worst of {len(verdicts)}")
     if value != HOLDS:
         notes.append(f"{value}: {_some([verdict.run for verdict in same])}")
     return replace(worst, num_runs=sum(one.num_runs for one in measured), note="; ".join(notes))

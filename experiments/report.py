@@ -56,14 +56,15 @@ def _predicted(verdict: Verdict) -> str:
 
 def _cells(verdict: Verdict) -> list[str]:
     claim = verdict.claim
-    runs = f"\n{verdict.num_runs} runs" if verdict.num_runs > 1 else ""
-    where = f"\n{verdict.run}" if verdict.run else ""
+    # Sources are in the list of claims and in verdicts.json: here they would bury the numbers.
+    runs = f"worst of {verdict.num_runs}: " if verdict.num_runs > 1 and verdict.run else ""
+    where = f"\n{runs}{verdict.run}" if verdict.run else ""
     note = f"\n({verdict.note})" if verdict.note else ""
     return [
         verdict.value,
-        f"{claim.id}: {claim.statement}\n{claim.source}{note}",
+        f"{claim.id}: {claim.statement}{note}",
         _predicted(verdict),
-        f"{with_enclosure(verdict.measured, verdict.low, verdict.high)}{where}{runs}",
+        f"{with_enclosure(verdict.measured, verdict.low, verdict.high)}{where}",
         str(claim.tolerance),
     ]
 

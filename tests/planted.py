@@ -9,7 +9,9 @@ from torch import Tensor
 from conditioning.jacobi import Array
 
 
-def planted(values: Array | list[float], seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+def planted(
+    values: Array | list[float], seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """A dense symmetric matrix with these eigenvalues and Haar eigenvectors."""
     values = np.asarray(values, dtype=np.float64)
     generator = torch.Generator().manual_seed(seed)

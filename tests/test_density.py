@@ -23,7 +23,7 @@ def test_quantiles_and_shares_are_enclosed(estimated):
         assert np.quantile(VALUES, q) in estimated.quantile(q)
         assert np.quantile(np.abs(VALUES), q) in estimated.quantile(q, absolute=True)
     for point in (-3.5, -2.5, 0.0, 1.0, 6.0):
-        assert (VALUES <= point).mean() in estimated.cdf(point)
+        assert (point >= VALUES).mean() in estimated.cdf(point)
 
 
 def test_shares_are_useful_not_only_safe(estimated):

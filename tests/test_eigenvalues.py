@@ -116,9 +116,9 @@ def test_products_are_counted():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"k": 0}, "k must be"),
+        ({"k": 0}, "k must be a positive"),
         ({"k": 41}, "n = 40"),
-        ({"k": 2.5}, "k must be"),
+        ({"k": 2.5}, "k must be a positive"),
         ({"which": "BE"}, "LM, LA, SA, SM"),
         ({"method": "qr"}, "lanczos, power, dense"),
         ({"rtol": 0}, "rtol"),

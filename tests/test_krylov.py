@@ -55,7 +55,9 @@ def test_the_space_closes_after_as_many_steps_as_there_are_distinct_eigenvalues(
 
 
 def test_an_invariant_start_closes_at_once():
-    basis, tridiagonal, residual = lanczos(diagonal([1.0, 2.0, 3.0]), torch.tensor([0.0, 5.0, 0]), 3)
+    basis, tridiagonal, residual = lanczos(
+        diagonal([1.0, 2.0, 3.0]), torch.tensor([0.0, 5.0, 0]), 3
+    )
     assert basis.shape == (3, 1)
     assert float(tridiagonal) == pytest.approx(2.0)
     assert residual.norm() == 0
@@ -193,7 +195,7 @@ def test_power_iteration_says_when_it_has_not_converged():
         (lambda m: power_iteration(m, torch.ones(4), 5, 2.0), InvalidArgumentError, "rtol"),
         (lambda m: power_iteration(m, torch.zeros(4), 5), InvalidArgumentError, "not zero"),
         (lambda m: block_lanczos(m, torch.ones(4), 2), ShapeError, r"\(n, p\)"),
-        (lambda m: make_generator("x"), InvalidArgumentError, "seed"),  # noqa: ARG005
+        (lambda m: make_generator("x"), InvalidArgumentError, "seed"),
     ],
 )
 def test_bad_input_is_named(call, error, text):

@@ -3,15 +3,18 @@
 from conditioning.spectrum.condition import condition_number
 from conditioning.spectrum.density import SpectralDensity, index, spectral_density, trace
 from conditioning.spectrum.eigenvalues import eigenvalues
+from conditioning.spectrum.full import FullSpectrum, full_spectrum
 from conditioning.spectrum.results import ConditionNumber, Eigenvalues, Estimate
 
 __all__ = [
     "ConditionNumber",
     "Eigenvalues",
     "Estimate",
+    "FullSpectrum",
     "SpectralDensity",
     "condition_number",
     "eigenvalues",
+    "full_spectrum",
     "index",
     "spectral_density",
     "trace",

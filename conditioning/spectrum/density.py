@@ -13,15 +13,21 @@ from scipy.stats import t as student_t
 from conditioning.errors import InvalidArgumentError
 from conditioning.jacobi import Array
 from conditioning.krylov import LanczosRun, make_generator, random_start
-from conditioning.operators.base import LinearOperator, dense_bytes
-from conditioning.spectrum.condition import DENSE_MAX, dense_eigenvalues, square
+from conditioning.operators.base import LinearOperator
+from conditioning.spectrum.common import (
+    METHODS,
+    check_between,
+    check_choice,
+    check_counts,
+    dense_fits,
+    square,
+)
+from conditioning.spectrum.full import FullSpectrum, full_spectrum
 from conditioning.spectrum.measure import Probe, SpectralMeasure
 from conditioning.spectrum.results import Estimate, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_METHODS = ("auto", "dense", "lanczos")
 
 
 @dataclass(frozen=True)
@@ -51,16 +57,14 @@ class SpectralDensity(Result):
     status: str
     message: str
     failure_probability: float
-    error: float
-    _measure: SpectralMeasure | None = field(repr=False, compare=False, default=None)
+    _source: SpectralMeasure | FullSpectrum = field(repr=False, compare=False)
 
     def cdf(self, point: float) -> Estimate:
         """Share of eigenvalues up to ``point``, with an enclosure."""
-        if self._measure is None:
-            ends = [float((self.nodes <= point + e).mean()) for e in (0, -self.error, self.error)]
-            return Estimate(*ends)
+        if isinstance(self._source, FullSpectrum):
+            return self._source.cdf(point)
         value = float(self.weights[self.nodes <= point].sum())
-        count = self._measure.count_at(point, self.failure_probability)
+        count = self._source.count_at(point, self.failure_probability)
         low, high = count.low / self.size, count.high / self.size
         return Estimate(float(np.clip(value, low, high)), low, high)
 
@@ -75,12 +79,9 @@ class SpectralDensity(Result):
         if not 0 <= q <= 1:
             msg = f"q must lie between 0 and 1, got {q}."
             raise InvalidArgumentError(msg)
-        if self._measure is None:
-            values = np.abs(self.nodes) if absolute else self.nodes
-            value = float(np.quantile(values, q))
-            low = value - self.error
-            return Estimate(value, max(low, 0.0) if absolute else low, value + self.error)
-        return self._measure.quantile(q, self.failure_probability, absolute=absolute)
+        if isinstance(self._source, FullSpectrum):
+            return self._source.quantile(q, absolute=absolute)
+        return self._source.quantile(q, self.failure_probability, absolute=absolute)
 
     def density(self, points: Array, width: float | None = None) -> Array:
         """Density at ``points``: nodes widened to Gaussians of standard deviation ``width``.
@@ -144,14 +145,15 @@ def spectral_density(
     """
     taken = square(operator)
     size = taken.shape[0]
-    _check_counts(num_probes=num_probes, num_steps=num_steps)
-    _check_method(method, failure_probability)
+    check_counts(num_probes=num_probes, num_steps=num_steps)
+    check_choice(METHODS, method=method)
+    check_between(0, 0.5, failure_probability=failure_probability)
     spent = taken.num_matvecs
     if method == "dense" or (method == "auto" and size <= num_probes * num_steps):
-        values, error = dense_eigenvalues(taken, None)
+        full = full_spectrum(taken)
         return SpectralDensity(
-            values, np.full(size, 1 / size), size, 0, 0, taken.num_matvecs - spent, "exact",
-            "all eigenvalues known", 0.0, error,
+            full.values, np.full(size, 1 / size), size, 0, 0, full.num_matvecs, "exact",
+            "all eigenvalues known", 0.0, full,
         )  # fmt: skip
     probes = _probes(taken, num_probes, num_steps, seed)
     measure = SpectralMeasure(probes, size)
@@ -161,7 +163,7 @@ def spectral_density(
         taken.num_matvecs - spent, "estimated",
         f"{num_probes} probes of {num_steps} steps; an enclosure by cdf or quantile fails with "
         f"probability at most {failure_probability:g}",
-        failure_probability, max(p.guard for p in probes), measure,
+        failure_probability, measure,
     )  # fmt: skip
 
 
@@ -213,18 +215,13 @@ def index(
     """
     taken = square(operator)
     size = taken.shape[0]
-    _check_counts(num_probes=num_probes, num_steps=num_steps)
-    _check_method(method, failure_probability)
-    if method == "dense" or (method == "auto" and _dense_fits(taken)):
-        values, error = dense_eigenvalues(taken, None)
-        cut = max(zero_rtol * float(np.abs(values).max()), error)
-        # What rounding leaves open may be on either side of the cut.
-        ends = [float((values < -c).mean()) for c in (cut, cut + error, cut - error)]
-        return Estimate(*ends)
+    check_counts(num_probes=num_probes, num_steps=num_steps)
+    check_choice(METHODS, method=method)
+    check_between(0, 0.5, failure_probability=failure_probability)
+    if method == "dense" or (method == "auto" and dense_fits(taken)):
+        return full_spectrum(taken).index(zero_rtol)
     probes = _probes(taken, num_probes, num_steps, seed)
-    cut = max(
-        zero_rtol * max(p.jacobi.scale for p in probes), 4 * max(p.guard for p in probes)
-    )
+    cut = max(zero_rtol * max(p.jacobi.scale for p in probes), 4 * max(p.guard for p in probes))
     measure = SpectralMeasure(probes, size)
     nodes, weights = measure.nodes(absolute=False)
     count = measure.count_at(-cut, failure_probability)
@@ -262,13 +259,9 @@ def trace(
     """
     taken = square(operator)
     size = taken.shape[0]
-    _check_counts(num_probes=num_probes)
-    if num_probes < 2:
-        msg = f"num_probes must be at least 2, so that there is a spread, got {num_probes}."
-        raise InvalidArgumentError(msg)
-    if not 0 < confidence < 1:
-        msg = f"confidence must lie between 0 and 1, got {confidence}."
-        raise InvalidArgumentError(msg)
+    check_counts(num_probes=num_probes)
+    check_between(1, math.inf, num_probes=num_probes)  # one alone has no spread
+    check_between(0, 1, confidence=confidence)
     if num_probes >= size:
         diagonal = torch.diagonal(taken.dense()).to(torch.float64)
         value = float(diagonal.sum())
@@ -288,26 +281,3 @@ def trace(
     error = float(values.std(ddof=1) / math.sqrt(num_probes))
     error *= float(student_t.ppf((1 + confidence) / 2, num_probes - 1))
     return Estimate(value, value - error, value + error)
-
-
-def _dense_fits(operator: LinearOperator) -> bool:
-    from conditioning.memory import available_bytes
-
-    fits = dense_bytes(operator.shape, operator.dtype) <= available_bytes(operator.device) // 2
-    return operator.shape[0] <= DENSE_MAX and fits
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-            msg = f"{name} must be a positive integer, got {count!r}."
-            raise InvalidArgumentError(msg)
-
-
-def _check_method(method: str, failure_probability: float) -> None:
-    if method not in _METHODS:
-        msg = f"method must be one of {', '.join(_METHODS)}, got {method!r}."
-        raise InvalidArgumentError(msg)
-    if not 0 < failure_probability < 0.5:
-        msg = f"failure_probability must lie between 0 and 0.5, got {failure_probability}."
-        raise InvalidArgumentError(msg)

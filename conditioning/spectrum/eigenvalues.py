@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from conditioning.errors import InvalidArgumentError
@@ -15,7 +16,8 @@ from conditioning.jacobi import Array
 from conditioning.krylov import LanczosRun, make_generator, power_iteration, random_start
 from conditioning.memory import available_bytes
 from conditioning.operators.base import FunctionOperator, LinearOperator
-from conditioning.spectrum.condition import dense_eigenvalues, square
+from conditioning.spectrum.common import check_between, check_choice, check_counts, square
+from conditioning.spectrum.full import full_spectrum, solver_error, symmetric_part
 from conditioning.spectrum.measure import inverse_weight
 from conditioning.spectrum.results import Eigenvalues, Estimate
 
@@ -134,29 +136,20 @@ def eigenvalues(
 def _check(
     k: int, size: int, which: str, method: str, rtol: float, max_matvecs: int, failure: float
 ) -> None:
-    if which not in _KEYS:
-        msg = f"which must be one of {', '.join(_KEYS)}, got {which!r}."
-        raise InvalidArgumentError(msg)
-    if method not in _METHODS:
-        msg = f"method must be one of {', '.join(_METHODS)}, got {method!r}."
-        raise InvalidArgumentError(msg)
+    check_choice(tuple(_KEYS), which=which)
+    check_choice(_METHODS, method=method)
+    check_counts(k=k, max_matvecs=max_matvecs)
+    check_between(0, 1, rtol=rtol)
+    check_between(0, 0.5, failure_probability=failure)
+    check_between(1, np.inf, max_matvecs=max_matvecs)
     if which == "SM" and method != "dense":
         msg = (
             "Smallest magnitudes are interior eigenvalues, which Krylov products alone do not "
             "find: use method='dense', or condition_number(), which bounds the smallest one."
         )
         raise InvalidArgumentError(msg)
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= size:
-        msg = f"k must be an integer between 1 and n = {size}, got {k}."
-        raise InvalidArgumentError(msg)
-    if not 0 < rtol < 1:
-        msg = f"rtol must lie between 0 and 1, got {rtol}."
-        raise InvalidArgumentError(msg)
-    if max_matvecs < 2:
-        msg = f"max_matvecs must be at least 2, got {max_matvecs}."
-        raise InvalidArgumentError(msg)
-    if not 0 < failure < 0.5:
-        msg = f"failure_probability must lie between 0 and 0.5, got {failure}."
+    if k > size:
+        msg = f"k must be at most n = {size}, got {k}."
         raise InvalidArgumentError(msg)
 
 
@@ -182,14 +175,13 @@ def _dense(
 ) -> Eigenvalues:
     basis = None
     if vectors:
-        matrix = operator.dense(budget).to(torch.float64)
-        skew = float(torch.linalg.matrix_norm(matrix - matrix.T)) / 2
-        found, basis = torch.linalg.eigh((matrix + matrix.T) / 2)
+        matrix, error = symmetric_part(operator, budget)
+        found, basis = torch.linalg.eigh(matrix)
         values = found.cpu().numpy()
-        rounding = 4 * np.sqrt(len(values)) * np.finfo(np.float64).eps * np.abs(values).max()
-        error = skew + float(rounding)
+        error += solver_error(values)
     else:
-        values, error = dense_eigenvalues(operator, budget)
+        spectrum = full_spectrum(operator, budget)
+        values, error = spectrum.values, spectrum.error
     order = np.argsort(-_KEYS[which](values), kind="stable")[:k]
     if basis is not None:
         basis = basis[:, torch.as_tensor(order.copy(), device=basis.device)]
@@ -253,7 +245,9 @@ class _Search:
     def _tolerance(self, run: LanczosRun) -> float:
         return max(self.rtol * run.jacobi.scale, 4 * run.guard)
 
-    def _converge(self, run: LanczosRun, floor: float, inverse_mass: float) -> tuple[float, Array]:
+    def _converge(
+        self, run: LanczosRun, floor: float, inverse_mass: float
+    ) -> tuple[float, NDArray[np.bool_]]:
         """Extend until what exceeds ``floor`` has converged or is excluded."""
         key = _KEYS[self.which]
         while True:

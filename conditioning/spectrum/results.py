@@ -84,7 +84,9 @@ class Estimate(Result):
         if self.low == self.value == self.high:
             return f"{self.value:.6g}"
         if 0 < width < 1e-7 * abs(self.value):
-            return f"{self.value:.8g} \u00b1 {max(self.high - self.value, self.value - self.low):.0e}"
+            return (
+                f"{self.value:.8g} \u00b1 {max(self.high - self.value, self.value - self.low):.0e}"
+            )
         digits = _digits(self.value, width)
         ends = f"{_shown(self.low, digits)}, {_shown(self.high, digits)}"
         return f"{_shown(self.value, digits)} [{ends}]"
