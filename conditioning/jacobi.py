@@ -82,7 +82,7 @@ class JacobiMatrix:
     @property
     def weights(self) -> Array:
         """Gauss weights: squared first components, shape ``(k,)``."""
-        return np.square(self._eigh[1][0])
+        return np.asarray(self._eigh[1][0] ** 2)
 
     @property
     def residual_norms(self) -> Array:

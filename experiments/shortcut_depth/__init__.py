@@ -5,6 +5,7 @@ Run it with ``python -m experiments shortcut_depth``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.claims import Claim, Verdict
-from experiments.moments import principal_moments
+from experiments.moments import Moments, principal_moments
 from experiments.registry import Options, Preset
 from experiments.shortcut_depth.statements import CLAIMS
 from experiments.sweep import run_cells
@@ -125,7 +126,22 @@ def run(options: Options) -> list[Verdict]:
         "data": options.dataset.name,
         "dim": components,
         "singular_values": np.linalg.svd(whitened.difference.numpy(), compute_uv=False),
+        "kappa_over_signs": _kappa_over_signs(whitened),
     }
     figures.write_tables(options.out, measured, context)
     figures.draw(options.out, measured, context)
     return verdicts.decide_claims(measured, context)
+
+
+def _kappa_over_signs(moments: Moments) -> tuple[float, float]:
+    """Least and largest κ(D) over the signs of the components, which are a convention."""
+    dim = moments.inputs.shape[1]
+    # All of them where they are few, else a fixed sample; flipping every sign is not the same.
+    signs = list(itertools.product((1.0, -1.0), repeat=dim)) if dim <= 10 else []
+    if not signs:
+        signs = list(np.random.default_rng(0).choice([-1.0, 1.0], (1024, dim)))
+    cross = moments.sigma_yx.numpy()
+    # Whitened moments: Σ_XX stays the identity, Σ_YX has its columns flipped.
+    flipped = moments.sigma_xx.numpy() - cross * np.asarray(signs)[:, None, :]
+    kappas = np.linalg.cond(flipped)
+    return float(kappas.min()), float(kappas.max())

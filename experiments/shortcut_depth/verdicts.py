@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 
+from conditioning import theory
 from experiments.claims import (
     Measured,
     Verdict,
@@ -52,7 +54,7 @@ def decide_claims(measured: Sequence[Pair], context: Mapping[str, Any]) -> list[
     """Decide every claim, in their order."""
     singular = np.asarray(context["singular_values"])
     found = [
-        *_two(measured, singular, int(context["dim"])),
+        *_two(measured, singular, context),
         *_smooth(measured),
         *_high(measured),
         *_one(measured),
@@ -64,7 +66,13 @@ def decide_claims(measured: Sequence[Pair], context: Mapping[str, Any]) -> list[
     return [by_id[claim.id] for claim in CLAIMS]
 
 
-def _two(measured: Sequence[Pair], singular: np.ndarray, dim: int) -> list[Verdict]:
+def _two(
+    measured: Sequence[Pair], singular: np.ndarray, context: Mapping[str, Any]
+) -> list[Verdict]:
+    dim = int(context["dim"])
+    signs = "over the signs of the components κ(D) is {:.3f} ... {:.3f}".format(
+        *context["kappa_over_signs"]
+    )
     kappa = float(singular[0] / singular[-1])
     cells = parts(measured, "two")
     ends = [enclosed(r["kappa"], expected=kappa, run=name(c)) for c, r in cells]
@@ -89,7 +97,7 @@ def _two(measured: Sequence[Pair], singular: np.ndarray, dim: int) -> list[Verdi
     inside = sum(i["low"] <= 0.5 <= i["high"] for i in beyond)
     note = f"beyond n = 4096 the Lanczos enclosure contains 1/2 in {inside} of {len(beyond)} cells"
     return [
-        decide_every(_BY_ID["n2.kappa"], ends),
+        decide_every(_BY_ID["n2.kappa"], ends, note=signs),
         decide_every(_BY_ID["n2.spectrum"], errors),
         decide_all(_BY_ID["n2.exhausted"], statuses),
         decide_every(_BY_ID["n2.products"], products),
@@ -215,8 +223,6 @@ def slope_of(curve: Mapping[int, float]) -> tuple[float, float]:
 
 
 def _initial(measured: Sequence[Pair], singular: np.ndarray) -> list[Verdict]:
-    from conditioning import theory
-
     def kappa10(net: str) -> dict[tuple[int, int], Mapping[str, Any]]:
         return {
             (c["L"], c["seed"]): r["kappa10"] for c, r in parts(measured, "initialisation", net=net)
@@ -224,11 +230,10 @@ def _initial(measured: Sequence[Pair], singular: np.ndarray) -> list[Verdict]:
 
     two, orthogonal = kappa10("2-shortcut, 0.01 Xavier"), kappa10("plain, orthogonal")
     xavier = kappa10("plain, Xavier")
-    import torch
-
+    moment = torch.diag(torch.from_numpy(np.ascontiguousarray(singular)))
     flat = []
     for (depth, seed), result in two.items():
-        exact = theory.two_shortcut_spectrum(torch.diag(torch.as_tensor(singular)), depth // 2)
+        exact = theory.two_shortcut_spectrum(moment, depth // 2)
         expected = exact.condition_number(percentile=10)
         flat.append(enclosed(result, expected=expected, run=f"L={depth} seed={seed}"))
     seeds = sorted({seed for _, seed in orthogonal})

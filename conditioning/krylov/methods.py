@@ -1,0 +1,276 @@
+"""Lanczos, block Lanczos and power iteration as functions of "a symmetric matvec"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conditioning.errors import InvalidArgumentError, NonFiniteError, ShapeError
+from conditioning.krylov.run import LanczosRun, make_generator
+from conditioning.operators.base import FunctionOperator, LinearOperator, as_operator
+
+
+class Lanczos(NamedTuple):
+    """What ``lanczos`` returns; ``A @ basis == basis @ tridiagonal + residual e_k^T``.
+
+    Attributes
+    ----------
+    basis : Tensor of shape (n, k)
+        Orthonormal columns; ``k`` is less than ``num_steps`` when the Krylov space closed.
+    tridiagonal : Tensor of shape (k, k)
+        Symmetric, float64, on the host.
+    residual : Tensor of shape (n,)
+        Orthogonal to the basis; zero to rounding when the Krylov space closed.
+    """
+
+    basis: Tensor
+    tridiagonal: Tensor
+    residual: Tensor
+
+
+class BlockLanczos(NamedTuple):
+    """What ``block_lanczos`` returns; ``A @ basis == basis @ projected + residual E_k^T``.
+
+    Attributes
+    ----------
+    basis : Tensor of shape (n, k p)
+    projected : Tensor of shape (k p, k p)
+        Symmetric block tridiagonal, float64, on the host.
+    residual : Tensor of shape (n, p)
+        Belongs to the last ``p`` basis vectors.
+    """
+
+    basis: Tensor
+    projected: Tensor
+    residual: Tensor
+
+
+class PowerIteration(NamedTuple):
+    """What ``power_iteration`` returns.
+
+    Attributes
+    ----------
+    value : float
+        Ritz value of largest magnitude.
+    vector : Tensor of shape (n,)
+        Its unit Ritz vector.
+    residual_norm : float
+        ``||A vector - value vector||``: an eigenvalue lies within this distance of ``value``.
+    num_matvecs : int
+    converged : bool
+        Whether ``residual_norm <= rtol |value|``. Converged means *an* eigenvalue; that it is
+        the largest is only as likely as the start vector is generic.
+    """
+
+    value: float
+    vector: Tensor
+    residual_norm: float
+    num_matvecs: int
+    converged: bool
+
+
+def _check_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        msg = f"num_steps must be at least 1, got {num_steps}."
+        raise InvalidArgumentError(msg)
+
+
+def _operator_of(matvec: Any, start: Tensor) -> LinearOperator:
+    if isinstance(matvec, LinearOperator) or not callable(matvec):
+        return as_operator(matvec)
+    size = start.shape[0]
+    dtype = start.dtype if start.dtype.is_floating_point else torch.float64
+    return FunctionOperator(matvec, (size, size), dtype, start.device)
+
+
+def lanczos(
+    matvec: Callable[[Tensor], Tensor] | LinearOperator | Tensor,
+    start: Tensor,
+    num_steps: int,
+) -> Lanczos:
+    """Tridiagonalise a symmetric operator with full reorthogonalisation.
+
+    Parameters
+    ----------
+    matvec : callable, LinearOperator or matrix
+        ``v -> A v`` for tensors of shape ``(n,)``.
+    start : Tensor of shape (n,)
+    num_steps : int
+        Steps wanted. Fewer are done when the Krylov space closes before.
+
+    Returns
+    -------
+    Lanczos
+        ``basis, tridiagonal, residual`` with ``A Q = Q T + r e_k^T``.
+
+    References
+    ----------
+    C. Lanczos, J. Res. Nat. Bur. Standards 45 (1950) 255-282. Y. Saad, Numerical Methods for
+    Large Eigenvalue Problems, 2nd ed., 2011, section 6.6.
+    """
+    _check_steps(num_steps)
+    run = LanczosRun(_operator_of(matvec, start), start)
+    run.extend(num_steps)
+    tridiagonal = torch.from_numpy(run.jacobi.dense())
+    return Lanczos(run.basis, tridiagonal, run.residual)
+
+
+def block_lanczos(
+    matmat: Callable[[Tensor], Tensor] | LinearOperator | Tensor,
+    start: Tensor,
+    num_steps: int,
+    *,
+    seed: int | torch.Generator = 0,
+) -> BlockLanczos:
+    """Block Lanczos with full reorthogonalisation: sees multiplicities up to the block size.
+
+    Parameters
+    ----------
+    matmat : callable, LinearOperator or matrix
+        ``V -> A V`` for blocks of shape ``(n, p)``.
+    start : Tensor of shape (n, p)
+        Of any rank of at least one; dependent columns are replaced by random ones.
+    num_steps : int
+        Block steps wanted; fewer are done when the whole space is spanned.
+    seed : int or torch.Generator
+        For the replacement of directions that close early.
+
+    Returns
+    -------
+    BlockLanczos
+        ``basis, projected, residual`` with ``A Q = Q T + R E_k^T``.
+
+    References
+    ----------
+    G. H. Golub, R. Underwood, in Mathematical Software III, 1977, 361-377.
+    """
+    _check_steps(num_steps)
+    if start.ndim != 2:
+        msg = f"The start block must have shape (n, p), got {tuple(start.shape)}."
+        raise ShapeError(msg)
+    size, width = start.shape
+    operator = _operator_of(matmat, start) if not callable(matmat) else None
+    generator = make_generator(seed)
+    block, _ = _orthonormal_block(start.to(torch.float64), start[:, :0].double(), generator)
+    basis = block
+    projected = torch.zeros(0, 0, dtype=torch.float64)
+    while True:
+        product = operator.matmat(block) if operator is not None else matmat(block)  # type: ignore[operator]
+        product = product.to(torch.float64)
+        coefficients = basis.T @ product
+        rest = product - basis @ coefficients
+        again = basis.T @ rest
+        rest -= basis @ again
+        coefficients = (coefficients + again).cpu()
+        old = projected.shape[0]
+        grown = torch.zeros(old + width, old + width, dtype=torch.float64)
+        grown[:old, :old] = projected
+        diagonal = coefficients[old:]
+        grown[old:, old:] = (diagonal + diagonal.T) / 2
+        if old:
+            grown[old - width : old, old:] = coefficients[old - width : old]
+            grown[old:, old - width : old] = coefficients[old - width : old].T
+        projected = grown
+        steps = projected.shape[0] // width
+        if steps == num_steps or basis.shape[1] + width > size:
+            return BlockLanczos(basis, projected, rest)
+        block, _ = _orthonormal_block(rest, basis, generator)
+        basis = torch.cat([basis, block], dim=1)
+
+
+def _orthonormal_block(
+    block: Tensor, basis: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """QR of ``block`` orthogonal to ``basis``; directions of no size become random ones."""
+    q, r = torch.linalg.qr(block)
+    scale = torch.linalg.matrix_norm(block, 2)
+    dead = torch.diagonal(r).abs() <= 1e-12 * torch.clamp_min(scale, 1e-300)
+    q = torch.where(dead, torch.zeros_like(q), q)
+    fresh = torch.randn(q.shape, dtype=q.dtype, generator=generator).to(q.device)
+    q = torch.where(dead, fresh, q)
+    for _ in range(2):
+        q = q - basis @ (basis.T @ q)
+        q, _ = torch.linalg.qr(q)
+    return q, r
+
+
+def power_iteration(
+    matvec: Callable[[Tensor], Tensor] | LinearOperator | Tensor,
+    start: Tensor,
+    num_steps: int = 1000,
+    rtol: float = 1e-6,
+) -> PowerIteration:
+    """Eigenvalue of largest magnitude by power iteration.
+
+    Each step takes the Rayleigh-Ritz pair from the span of the last *two* iterates,
+    at no further product. So a spectrum that is symmetric about zero, where plain power
+    iteration never settles, converges like any other.
+
+    Parameters
+    ----------
+    matvec : callable, LinearOperator or matrix
+        ``v -> A v`` with ``A`` symmetric, tensors of shape ``(n,)``.
+    start : Tensor of shape (n,)
+    num_steps : int
+        Products at most.
+    rtol : float
+        Stop when the residual norm is at most ``rtol`` times the Ritz value.
+
+    Returns
+    -------
+    PowerIteration
+    """
+    _check_steps(num_steps)
+    if not 0 < rtol < 1:
+        msg = f"rtol must lie between 0 and 1, got {rtol}."
+        raise InvalidArgumentError(msg)
+    operator = _operator_of(matvec, start)
+    norm = torch.linalg.vector_norm(start.to(torch.float64))
+    if not (torch.isfinite(norm) and norm > 0):
+        msg = "The start vector of power iteration must be finite and not zero."
+        raise InvalidArgumentError(msg)
+    current = start.detach().to(operator.device, torch.float64) / norm
+    previous: tuple[Tensor, Tensor] | None = None
+    best = PowerIteration(float("nan"), current, float("inf"), 0, False)
+    for step in range(1, num_steps + 1):
+        image = operator.matvec(current).to(torch.float64)
+        best = _ritz_pair(current, image, previous)._replace(num_matvecs=step)
+        if not np.isfinite(best.residual_norm):
+            msg = "A product of the operator is not finite (NaN or infinity)."
+            raise NonFiniteError(msg)
+        length = torch.linalg.vector_norm(image)
+        if best.residual_norm <= rtol * abs(best.value) or float(length) == 0:
+            return best._replace(converged=True)
+        previous = (current, image)
+        current = image / length
+    return best
+
+
+def _ritz_pair(
+    vector: Tensor, image: Tensor, previous: tuple[Tensor, Tensor] | None
+) -> PowerIteration:
+    """The dominant Ritz pair of one vector, or of two when the older one adds a direction."""
+    quotient = vector @ image
+    residual = torch.linalg.vector_norm(image - quotient * vector)
+    single = PowerIteration(float(quotient), vector, float(residual), 0, False)
+    if previous is None:
+        return single
+    overlap = vector @ previous[0]
+    other = previous[0] - overlap * vector
+    length = torch.linalg.vector_norm(other)
+    if float(length) < 1e-5:  # parallel to rounding: the difference has no digits left
+        return single
+    basis = torch.stack([vector, other / length])
+    images = torch.stack([image, (previous[1] - overlap * image) / length])
+    small = basis @ images.T
+    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    top = int(values.abs().argmax())
+    ritz = vectors[:, top] @ basis
+    residual = torch.linalg.vector_norm(vectors[:, top] @ images - values[top] * ritz)
+    if float(residual) >= single.residual_norm:
+        return single
+    return PowerIteration(float(values[top]), ritz, float(residual), 0, False)

@@ -1,0 +1,70 @@
+"""Imports go one way, and only the figures import what draws."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From left to right: a module may import those before it. Modules of one entry are a package.
+ORDER = (
+    "errors", "memory", "jacobi", "operators", "krylov", "spectrum", "theory", "plots",
+)  # fmt: skip
+FILES = sorted((ROOT / "conditioning").rglob("*.py"))
+
+
+def imports_of(path, *, at_run_time):
+    """Absolute names that a file imports; without those for type checkers or inside functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    body = tree.body if at_run_time else ast.walk(tree)
+    for node in body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def place(path):
+    """The top-level module of a file of the library."""
+    return path.relative_to(ROOT / "conditioning").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_module_imports_one_to_its_right(path):
+    here = place(path)
+    if here == "__init__":
+        return
+    assert here in ORDER, f"give {here} its place in the order"
+    for name in imports_of(path, at_run_time=True):
+        if name.startswith("conditioning."):
+            assert ORDER.index(name.split(".")[1]) <= ORDER.index(here), name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_the_figures_import_what_draws_and_nothing_imports_the_experiments(path):
+    names = [name.split(".")[0] for name in imports_of(path, at_run_time=True)]
+    assert "experiments" not in names
+    if place(path) != "plots":
+        assert not {"seaborn", "matplotlib"} & set(names)
+
+
+def test_importing_the_library_does_not_load_what_draws():
+    import subprocess
+    import sys
+
+    code = (
+        "import conditioning, sys; print([m for m in ('seaborn', 'sklearn') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("folder", ["conditioning", "experiments"])
+def test_files_have_one_topic(folder):
+    sizes = {
+        path: len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert max(sizes.values()) <= 500, max(sizes, key=sizes.get)
