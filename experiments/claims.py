@@ -369,7 +369,9 @@ def decide_every(claim: Claim, measured: Sequence[Measured], *, note: str = "") 
     notes = [note] if note else []
     if value != HOLDS:
         notes.append(f"{value}: {_some([verdict.run for verdict in same])}")
-    return replace(worst, num_runs=sum(one.num_runs for one in measured), note="; ".join(notes))
+    run = f"worst of {len(verdicts)}: {worst.run}" if len(verdicts) > 1 else worst.run
+    num_runs = sum(one.num_runs for one in measured)
+    return replace(worst, num_runs=num_runs, run=run, note="; ".join(notes))
 
 
 def decide_all(

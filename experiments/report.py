@@ -57,8 +57,7 @@ def _predicted(verdict: Verdict) -> str:
 def _cells(verdict: Verdict) -> list[str]:
     claim = verdict.claim
     # Sources are in the list of claims and in verdicts.json: here they would bury the numbers.
-    runs = f"worst of {verdict.num_runs}: " if verdict.num_runs > 1 and verdict.run else ""
-    where = f"\n{runs}{verdict.run}" if verdict.run else ""
+    where = f"\n{verdict.run}" if verdict.run else ""
     note = f"\n({verdict.note})" if verdict.note else ""
     return [
         verdict.value,

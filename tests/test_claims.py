@@ -123,11 +123,11 @@ def test_an_estimate_of_the_library_brings_its_enclosure():
 def test_every_depth_must_hold_and_the_worst_is_shown():
     cells = [Measured(1 + 0.01 * k, run=f"L={k}", expected=1.0) for k in range(5)]
     verdict = decide_every(claim("κ(D)"), cells)
-    assert (verdict.value, verdict.run, verdict.num_runs) == (HOLDS, "L=4", 5)
+    assert (verdict.value, verdict.run, verdict.num_runs) == (HOLDS, "worst of 5: L=4", 5)
 
     bad = [*cells, Measured(1.3, run="L=8", expected=1.0), Measured(0.2, run="L=9", expected=1.0)]
     verdict = decide_every(claim("κ(D)"), bad)
-    assert (verdict.value, verdict.run) == (FAILS, "L=9")
+    assert (verdict.value, verdict.run) == (FAILS, "worst of 7: L=9")
     assert "L=8, L=9" in verdict.note
 
     open_cell = Measured(1.0, 0.0, 2.0, expected=1.0, run="L=16")

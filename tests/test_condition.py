@@ -11,7 +11,7 @@ import pytest
 import torch
 from planted import diagonal, planted
 
-from conditioning import condition_number
+from conditioning import condition_number, lanczos
 from conditioning.errors import InvalidArgumentError, NonFiniteError, ShapeError
 from conditioning.operators.base import FunctionOperator, MatrixOperator
 
@@ -212,3 +212,93 @@ def test_operators_of_the_wrong_kind_are_named():
         condition_number("hessian")
     with pytest.raises(NonFiniteError, match="not finite"):
         condition_number(torch.full((4, 4), float("nan"), dtype=torch.float64))
+
+
+def depth_two(moment, num_units):
+    """The Hessian of a depth-2 linear net at zero, ``[[0, A^T], [A, 0]]`` for each unit."""
+    dim = len(moment)
+
+    def matvec(vector):
+        first, second = vector.reshape(num_units, 2, dim, dim).unbind(1)
+        products = [second.transpose(1, 2) @ moment, moment @ first.transpose(1, 2)]
+        return torch.stack(products, dim=1).reshape(-1)
+
+    return FunctionOperator(matvec, (2 * num_units * dim**2,) * 2)
+
+
+@pytest.mark.parametrize("dim", [3, 5, 8, 10])
+@pytest.mark.parametrize("seed", range(5))
+def test_degenerate_pairs_are_exhausted_also_where_rounding_has_grown(dim, seed):
+    """The residual after 2 d steps is up to 1e-5 here, where exact arithmetic has zero."""
+    rng = np.random.default_rng(seed)
+    moment = torch.from_numpy(rng.standard_normal((dim, dim)))
+    singular = torch.linalg.svdvals(moment)
+    result = condition_number(depth_two(moment, 16), method="lanczos", seed=seed)
+    assert (result.status, result.distinct) == ("exhausted", 2 * dim)
+    assert result.num_matvecs <= 2 * dim + 1
+    assert result.value == pytest.approx(float(singular[0] / singular[-1]), rel=1e-9)
+    assert float(singular[0] / singular[-1]) in result.estimate
+    assert 0 < result.failure_probability <= 0.05
+
+
+def test_a_null_space_does_not_keep_a_closed_run_open():
+    values = np.append(np.resize([1.0, 2.0, 3.0, -1.0, -2.0, -3.0], 600), np.zeros(40))
+    result = condition_number(multiply(values), method="lanczos")
+    assert result.status == "exhausted"
+    assert 3.0 in result.estimate
+    assert math.isfinite(result.high)
+    assert 40 in result.nullity
+
+
+@pytest.mark.parametrize("gap", [1e-8, 1e-6, 1e-4])
+def test_a_near_duplicate_of_the_smallest_is_inside_the_enclosure(gap):
+    base = np.linspace(-10, 10, 21) + 0.09
+    for seed in range(10):
+        values = np.random.default_rng(seed).choice(base, 300)
+        values[:21] = base
+        values[-1] = base[np.abs(base).argmin()] * (1 - gap)
+        result = condition_number(multiply(values), method="lanczos", seed=seed)
+        assert np.abs(values).max() / np.abs(values).min() in result.estimate
+
+
+def test_outliers_over_a_small_bulk_are_not_taken_for_a_closed_space():
+    bulk = 1e-4 * np.random.default_rng(3).uniform(0.1, 1, 1960)
+    operator = multiply(np.concatenate([np.linspace(1, 10, 40), bulk]))
+    start = torch.randn(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert lanczos(operator, start, 100).basis.shape == (2000, 100)
+    assert condition_number(operator, method="lanczos", max_matvecs=100).status != "exhausted"
+
+
+def test_nothing_is_certified_above_a_threshold_that_was_not_asked_for():
+    values = np.concatenate([np.linspace(1, 10, 200), np.geomspace(1e-8, 1e-6, 5)])
+    for budget in range(40, 140, 7):
+        result = condition_number(multiply(values), method="lanczos", max_matvecs=budget)
+        assert result.low <= 1e9 <= result.high
+        assert result.zero_threshold == pytest.approx(1e-9, rel=1e-3)
+
+
+def test_what_ended_the_run_is_said():
+    operator = multiply(np.linspace(1e-3, 2, 20000))
+    result = condition_number(operator, memory_budget=8 * 20000 * 50)
+    assert "memory_budget" in result.message
+    assert result.num_matvecs == 51
+    assert "max_matvecs" in condition_number(operator, max_matvecs=30).message
+
+
+def test_sizes_whose_squares_leave_float64_are_refused():
+    fine = condition_number(multiply(np.linspace(1, 3, 100) * 1e-120), method="lanczos")
+    assert 3.0 in fine.estimate
+    for scale in (1e-170, 1e170):
+        with pytest.raises(NonFiniteError, match="scale of the loss"):
+            condition_number(multiply(np.linspace(1, 3, 100) * scale), method="lanczos")
+
+
+def test_a_checkpoint_that_cannot_be_written_or_read_is_said_before_the_run(tmp_path):
+    operator = multiply(np.linspace(1, 3, 9000))
+    for path in (tmp_path / "nowhere" / "run.pt", tmp_path):
+        with pytest.raises(InvalidArgumentError, match="checkpoint"):
+            condition_number(operator, checkpoint=path)
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    with pytest.raises(InvalidArgumentError, match="not the checkpoint"):
+        condition_number(operator, checkpoint=tmp_path / "junk.pt")
+    assert operator.num_matvecs == 0

@@ -8,7 +8,8 @@ import torch
 from planted import diagonal, planted
 
 from conditioning import index, spectral_density, trace
-from conditioning.errors import InvalidArgumentError
+from conditioning.errors import InvalidArgumentError, NonFiniteError
+from conditioning.operators.base import FunctionOperator
 
 VALUES = np.concatenate([np.linspace(-2, 5, 900), np.full(100, -3.0)])
 
@@ -77,6 +78,19 @@ def test_index_does_not_count_zeros():
     values = np.concatenate([np.zeros(50), -np.ones(25), np.ones(25)])
     assert float(index(planted(values))) == 0.25
     assert 0.25 in index(diagonal(values), method="lanczos")
+
+
+def test_a_zero_operator_has_its_density_at_zero():
+    zero = torch.zeros(3000, 3000, dtype=torch.float64)
+    assert float(spectral_density(zero, 2, 5, method="lanczos").quantile(0.5)) == 0
+    assert float(index(zero, method="lanczos")) == 0
+
+
+def test_a_trace_that_is_not_finite_is_named():
+    operator = FunctionOperator(lambda v: v * float("nan"), (200, 200))
+    for num_probes in (5, 200):
+        with pytest.raises(NonFiniteError, match="not finite"):
+            trace(operator, num_probes)
 
 
 def test_trace_of_a_small_operator_is_exact():

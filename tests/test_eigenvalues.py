@@ -9,8 +9,8 @@ from planted import diagonal, planted
 from scipy.sparse.linalg import aslinearoperator
 
 from conditioning import eigenvalues
-from conditioning.errors import InvalidArgumentError
-from conditioning.operators.base import MatrixOperator
+from conditioning.errors import AsymmetricOperatorError, InvalidArgumentError
+from conditioning.operators.base import FunctionOperator, MatrixOperator
 
 RNG = np.random.default_rng(0)
 SPECTRA = {
@@ -129,3 +129,26 @@ def test_products_are_counted():
 def test_options_out_of_range_are_named(options, text):
     with pytest.raises(InvalidArgumentError, match=text):
         eigenvalues(torch.eye(40, dtype=torch.float64), **options)
+
+
+@pytest.mark.parametrize("rtol", [1e-6, 1e-3])
+def test_residuals_and_enclosures_are_those_of_the_whole_operator(rtol):
+    """Pairs found one after the other are coupled: what is stated must include it."""
+    for seed in range(25):
+        values = np.random.default_rng(seed).uniform(0, 1e-4, 100)
+        values[0] = 1
+        matrix = diagonal(values)
+        result = eigenvalues(matrix, 3, seed=seed, rtol=rtol, vectors=True)
+        residuals = (
+            matrix @ result.vectors - result.vectors * torch.as_tensor(result.numpy())
+        ).norm(dim=0)
+        assert np.all(residuals.numpy() <= np.array(result.residual_norms) + 1e-15)
+        if result.status in ("certified", "exhausted"):
+            for estimate, true in zip(result.values, np.sort(values)[::-1], strict=False):
+                assert estimate.low - 1e-13 <= true <= estimate.high + 1e-13
+
+
+def test_an_operator_that_is_not_symmetric_is_refused():
+    operator = FunctionOperator(lambda v: torch.roll(v, 1), (500, 500))
+    with pytest.raises(AsymmetricOperatorError, match="not symmetric"):
+        eigenvalues(operator, 2)

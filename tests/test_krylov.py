@@ -212,6 +212,49 @@ def test_products_that_are_not_finite_are_named(bad):
         power_iteration(operator, torch.ones(4), 3)
 
 
+@pytest.mark.parametrize("check_every", [1, 10])
+def test_an_interrupted_run_keeps_what_is_complete(check_every, tmp_path):
+    """Also on devices that read their scalars back in batches, and inside a step."""
+    values = torch.linspace(1, 5, 60, dtype=torch.float64)
+    products = []
+
+    def matvec(vector):
+        products.append(1)
+        if len(products) == 24:
+            raise KeyboardInterrupt
+        return values * vector
+
+    start = random_start(60, 0, "cpu")
+    run = LanczosRun(FunctionOperator(matvec, (60, 60)), start)
+    run._check_every = check_every
+    with pytest.raises(KeyboardInterrupt):
+        run.extend(40)
+    run.save(tmp_path / "run.pt")
+    resumed = LanczosRun(FunctionOperator(lambda v: values * v, (60, 60)), start)
+    resumed.load(tmp_path / "run.pt")
+    assert resumed.num_steps == 23 // check_every * check_every
+    resumed.extend(40 - resumed.num_steps)
+    whole = LanczosRun(FunctionOperator(lambda v: values * v, (60, 60)), start)
+    whole.extend(40)
+    assert np.allclose(resumed.jacobi.ritz_values, whole.jacobi.ritz_values, atol=1e-12)
+
+
+def test_a_run_goes_on_after_products_that_were_not_finite(tmp_path):
+    matrix = planted(SPECTRA["indefinite"])
+    broken = []
+    operator = FunctionOperator(lambda v: matrix @ v * (float("nan") if broken else 1), (80, 80))
+    run = LanczosRun(operator, random_start(80, 0, "cpu"))
+    run.extend(10)
+    broken.append(1)
+    with pytest.raises(NonFiniteError):
+        run.extend(5)
+    broken.clear()
+    run.extend(10)
+    whole = LanczosRun(MatrixOperator(matrix), random_start(80, 0, "cpu"))
+    whole.extend(20)
+    assert np.allclose(run.jacobi.ritz_values, whole.jacobi.ritz_values, atol=1e-12)
+
+
 def test_a_start_inside_the_deflated_space_is_refused():
     matrix = torch.eye(4, dtype=torch.float64)
     with pytest.raises(InvalidArgumentError, match="projected out"):

@@ -459,3 +459,13 @@ def test_jacobian_refuses_by_name(module, error, text):
 def test_jacobian_needs_floating_point_inputs():
     with pytest.raises(errors.BatchFormatError, match="inputs"):
         JacobianOperator(nn.Embedding(3, 2), torch.ones(4, 3).long())
+
+
+def test_a_sparse_gradient_is_named_with_its_cure():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(12, 2)).double()
+    batch = (torch.randint(7, (5, 3)), torch.randint(2, (5,)))
+    with pytest.raises(UnsupportedParameterError, match=r"0\.weight is sparse.*sparse=False"):
+        HessianOperator(model, nn.CrossEntropyLoss(), batch)
+    model[0].sparse = False
+    assert HessianOperator(model, nn.CrossEntropyLoss(), batch).shape == (54, 54)

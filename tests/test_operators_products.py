@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import weakref
@@ -466,3 +467,35 @@ def test_on_cuda(kind, problem):
     torch.testing.assert_close(operator.dense().cpu(), expected, rtol=bound, atol=bound)
     assert operator.device.type == "cuda"
     assert torch.equal(state, torch.cuda.get_rng_state())
+
+
+@dataclasses.dataclass
+class Outputs:
+    """Outputs as some libraries return them."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+class WithDataclass(nn.Module):
+    """A linear model whose outputs are a dataclass."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        return Outputs(self.layer(x), x)
+
+
+def test_outputs_in_a_dataclass_are_taken():
+    torch.manual_seed(0)
+    model, x, y = WithDataclass(), torch.randn(6, 3).double(), torch.randn(6, 2).double()
+
+    def loss_fn(outputs, targets):
+        return ((outputs.logits - targets) ** 2).mean()
+
+    hessian = HessianOperator(model, loss_fn, (x, y)).dense()
+    gauss_newton = GaussNewtonOperator(model, loss_fn, (x, y)).dense()
+    assert torch.allclose(hessian, gauss_newton, atol=1e-12)  # the model is linear
+    assert JacobianOperator(model, x).shape == (12 + 18, 18)

@@ -14,11 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conditioning.errors import InvalidArgumentError, NonFiniteError, ShapeError
+from conditioning.errors import (
+    AsymmetricOperatorError,
+    InvalidArgumentError,
+    NonFiniteError,
+    ShapeError,
+)
 from conditioning.jacobi import JacobiMatrix
 from conditioning.operators.base import LinearOperator
 
 _CHUNK = 64  # basis vectors per allocation: growing never copies what is there
+_SMALLEST = 1e-140  # below, squares leave the range of float64
 
 
 def make_generator(seed: int | torch.Generator) -> torch.Generator:
@@ -58,6 +64,8 @@ class LanczosRun:
     measure_noise : bool
         Spend one product to measure the rounding of the products (by comparing
         ``A (0.7 q) / 0.7`` with ``A q``), which sets the guard of every bound.
+    max_steps : int, optional
+        No more basis vectors than this are made room for.
 
     Attributes
     ----------
@@ -77,6 +85,7 @@ class LanczosRun:
         deflate: Tensor | None = None,
         basis_dtype: torch.dtype = torch.float64,
         measure_noise: bool = False,
+        max_steps: int | None = None,
     ) -> None:
         size = operator.shape[0]
         if operator.shape != (size, size):
@@ -101,6 +110,7 @@ class LanczosRun:
         self._check_every = 1 if self._device.type == "cpu" else 10
         self._leak = 0.0
         self._may_close = True
+        self._max_steps = size if max_steps is None else min(max_steps, size)
         vector = start.detach().to(self._device, basis_dtype)
         if not (np.isfinite(self.start_norm) and self.start_norm > 0):
             msg = "The start vector of a Krylov method must be finite and not zero."
@@ -123,7 +133,7 @@ class LanczosRun:
     def _append(self, vector: Tensor) -> None:
         index, row = divmod(self.num_steps, _CHUNK)
         if index == len(self._chunks):
-            size = min(_CHUNK, self.operator.shape[0] - index * _CHUNK)
+            size = min(_CHUNK, self._max_steps - index * _CHUNK)
             shape = (max(size, 1), self.operator.shape[0])
             self._chunks.append(torch.empty(shape, dtype=self._dtype, device=self._device))
         self._chunks[index][row] = vector
@@ -152,11 +162,26 @@ class LanczosRun:
         Raises
         ------
         NonFiniteError
-            If a product is not finite.
+            If a product is not finite, or too large or small for squares in float64.
+        AsymmetricOperatorError
+            If the products are not those of a symmetric operator.
         """
-        target = min(self.num_steps + num_steps, self.operator.shape[0])
-        while self.num_steps < target and not self.closed:
-            self._batch(min(self._check_every, target - self.num_steps))
+        target = min(self.num_steps + num_steps, self._max_steps)
+        try:
+            while self.num_steps < target and not self.closed:
+                self._batch(min(self._check_every, target - self.num_steps))
+        except BaseException:
+            # Also on Ctrl-C: what is kept is what is complete, so that it can be continued.
+            self._rewind()
+            raise
+
+    def _rewind(self) -> None:
+        """Back to the last step whose scalars are known."""
+        kept = len(self._alpha)
+        if self.num_steps > kept:
+            index, row = divmod(kept, _CHUNK)
+            self._next = self._chunks[index][row].clone()
+            self.num_steps = kept
 
     def _batch(self, count: int) -> None:
         """``count`` steps with one read-back of the scalars at their end."""
@@ -182,13 +207,7 @@ class LanczosRun:
         if noise is not None:
             self.noise = float(noise)
         for done, (alpha, beta, leak) in enumerate(values):
-            if not (np.isfinite(alpha) and np.isfinite(beta)):
-                self.num_steps -= count - done
-                msg = (
-                    "A product of the operator is not finite (NaN or infinity). Check the loss "
-                    "and the parameters for overflow; float64 or a smaller scale often helps."
-                )
-                raise NonFiniteError(msg)
+            self._check_scalars(alpha, beta, leak)
             self._alpha.append(alpha)
             self._beta.append(beta)
             # What reorthogonalisation removes beyond the two newest vectors is zero in
@@ -199,10 +218,29 @@ class LanczosRun:
                 self.num_steps -= count - done - 1
                 self._next = nexts[done]
                 return
-        if self._complete():
-            self.closed = True
+        self.closed = self.complete
 
-    def _complete(self) -> bool:
+    def _check_scalars(self, alpha: float, beta: float, leak: float) -> None:
+        """Refuse products that no Krylov method can work with."""
+        size = max(abs(alpha), beta, self._scale())
+        if not np.isfinite(size) or 0 < size < _SMALLEST:
+            msg = (
+                "A product of the operator is not finite (NaN or infinity), or of a size whose "
+                "square is none in float64. Check the loss and the parameters for overflow; "
+                "float64 or another scale of the loss often helps."
+            )
+            raise NonFiniteError(msg)
+        if leak > 1e-2 * size:
+            msg = (
+                f"The operator is not symmetric: a part of relative size {leak / size:.1e} of a "
+                f"product leaves the three-term recurrence, which rounding does not explain. "
+                f"Eigenvalues here are those of symmetric operators."
+            )
+            raise AsymmetricOperatorError(msg)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the basis spans the whole space, so that all eigenvalues are known."""
         return self.num_steps >= self.operator.shape[0] - self._num_deflated()
 
     def _is_noise(self) -> bool:
@@ -210,16 +248,30 @@ class LanczosRun:
 
         After as many steps as there are distinct eigenvalues the residual is zero, and
         in floating point it is what rounding made of it in the degenerate eigenspaces. It then
-        drops suddenly, to the size that the recurrence predicts for rounding.
+        drops suddenly, to the size that the recurrence predicts for rounding, and leaves every
+        Ritz pair settled relative to itself: no small eigenvalue is still being formed.
         """
         steps = len(self._beta)
+        newest, scale = self._beta[-1], self._scale()
         if not self._may_close or not 1 < steps <= 400:
             return False
-        if self._beta[-1] > 0.1 * min(self._beta[:-1]):
+        if newest > 0.1 * min(self._beta[:-1]) or newest > 1e-3 * scale:
             return False
-        rounding = max(self.noise, self._leak, np.finfo(np.float64).eps * self._scale())
-        growth = self.jacobi.rounding_growth()
-        return bool(np.isfinite(growth) and self._beta[-1] <= 10 * rounding * growth)
+        jacobi = self.jacobi
+        # A null space has nothing to be relative to: it must be settled to 1e-8 of the scale.
+        size = np.maximum(np.abs(jacobi.ritz_values), 1e-6 * scale)
+        if np.any(jacobi.residual_norms > 1e-2 * size):
+            return False
+        rounding = max(self.noise, self._leak, np.finfo(np.float64).eps * scale)
+        growth = jacobi.rounding_growth()
+        return bool(np.isfinite(growth) and newest <= 10 * rounding * growth)
+
+    def num_distinct(self) -> int:
+        """Ritz values that are apart by more than their residuals."""
+        jacobi = self.jacobi
+        radius = jacobi.residual_norms + self.guard
+        low, high = jacobi.ritz_values - radius, jacobi.ritz_values + radius
+        return 1 + int((low[1:] > np.maximum.accumulate(high)[:-1]).sum())
 
     def reopen(self) -> bool:
         """Go on after a closing whose residual is too large for the caller.
@@ -229,7 +281,7 @@ class LanczosRun:
         bool
             Whether there is anything to go on with.
         """
-        if self._complete() or self._beta[-1] <= self._closing_norm():
+        if self.complete or self._beta[-1] <= self._closing_norm():
             return False
         self._may_close = self.closed = False
         return True
@@ -293,6 +345,7 @@ class LanczosRun:
     def save(self, path: str | Path) -> None:
         """Write the whole state; ``load`` continues as if nothing had happened."""
         path = Path(path)
+        self._rewind()
         state = {
             "size": self.operator.shape[0],
             "alpha": self._alpha,
@@ -300,6 +353,7 @@ class LanczosRun:
             "leak": self._leak,
             "noise": self.noise,
             "closed": self.closed,
+            "may_close": self._may_close,
             "start_norm": self.start_norm,
             "basis": torch.cat(self._rows()) if self.num_steps else torch.empty(0),
             "next": self._next,
@@ -314,10 +368,10 @@ class LanczosRun:
         Raises
         ------
         InvalidArgumentError
-            If the state belongs to an operator of another size, or of other values: the
-            last recorded product is done again and compared.
+            If the file is not a state, or one of an operator of another size or of other
+            values: the last recorded product is done again and compared.
         """
-        state: dict[str, Any] = torch.load(path, map_location=self._device, weights_only=True)
+        state = _read(path, self._device)
         if state["size"] != self.operator.shape[0]:
             msg = (
                 f"The checkpoint {path} belongs to an operator with {state['size']} rows, this "
@@ -325,11 +379,13 @@ class LanczosRun:
             )
             raise InvalidArgumentError(msg)
         self._chunks, self.num_steps = [], 0
+        self._max_steps = max(self._max_steps, len(state["basis"]))
         for row in state["basis"].to(self._dtype):
             self._append(row)
         self._alpha, self._beta = list(state["alpha"]), list(state["beta"])
         self._leak, self.noise = state["leak"], state["noise"]
-        self.closed, self.start_norm = state["closed"], state["start_norm"]
+        self.closed, self._may_close = state["closed"], state["may_close"]
+        self.start_norm = state["start_norm"]
         self._next = state["next"].to(self._dtype)
         if self.num_steps:
             last = self._rows()[-1][-1]
@@ -340,3 +396,17 @@ class LanczosRun:
                     f"{rayleigh:.6g} now and was {self._alpha[-1]:.6g}. Delete it to start anew."
                 )
                 raise InvalidArgumentError(msg)
+
+
+def _read(path: str | Path, device: torch.device) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        msg = f"{path} is not the checkpoint of a Lanczos run: {error}. Delete it to start anew."
+        raise InvalidArgumentError(msg) from error
+    if not isinstance(state, dict) or not {"size", "alpha", "may_close"} <= set(state):
+        msg = f"{path} is not the checkpoint of a Lanczos run. Delete it to start anew."
+        raise InvalidArgumentError(msg)
+    return state

@@ -199,7 +199,14 @@ class FunctionOperator(LinearOperator):
         self._adjoint = rmatvec
 
     def _matmat(self, vectors: Tensor) -> Tensor:
-        return torch.stack([self._function(v) for v in vectors.unbind(1)], dim=1)
+        return torch.stack([self._checked(self._function(v)) for v in vectors.unbind(1)], dim=1)
+
+    def _checked(self, product: Any) -> Tensor:
+        if not isinstance(product, Tensor) or tuple(product.shape) != self.shape[:1]:
+            got = tuple(product.shape) if isinstance(product, Tensor) else type(product).__name__
+            msg = f"matvec must return a tensor of shape ({self.shape[0]},), got {got}."
+            raise ShapeError(msg)
+        return product.detach()
 
     def _rmatmat(self, vectors: Tensor) -> Tensor:
         if self._adjoint is None:

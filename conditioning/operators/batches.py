@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from conditioning.errors import (
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply a function to every tensor in nested tuples, lists and mappings.
+    """Apply a function to every tensor in nested tuples, lists, mappings and dataclasses.
 
     A container whose tensors all come back as they are is returned as it is.
     """
@@ -40,11 +41,17 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         if all(new is old for new, old in zip(items, tree, strict=True)):
             return tree
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [field.name for field in dataclasses.fields(tree) if field.init]
+        changed = {name: map_tensors(function, getattr(tree, name)) for name in names}
+        if all(changed[name] is getattr(tree, name) for name in names):
+            return tree
+        return dataclasses.replace(tree, **changed)
     return tree
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists and mappings, in order."""
+    """Every tensor in nested tuples, lists, mappings and dataclasses, in order."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:

@@ -68,6 +68,13 @@ class FlatLayout:
 
     def join(self, parts: Sequence[Tensor | None], lead: tuple[int, ...] = ()) -> Tensor:
         """Tensors ``(*lead, *shape)`` into one ``(*lead, n)``; ``None`` stands for zeros."""
+        for name, part in zip(self.names, parts, strict=True):
+            if part is not None and part.layout != torch.strided:
+                msg = (
+                    f"The gradient of {name} is sparse, which has no second derivative here. Set "
+                    f"sparse=False on its module (nn.Embedding) while the operator is used."
+                )
+                raise UnsupportedParameterError(msg)
         flat = [
             torch.zeros(*lead, size, dtype=self.dtype, device=self.device)
             if part is None

@@ -13,6 +13,7 @@ from conditioning.memory import available_bytes, format_bytes
 from conditioning.operators.base import LinearOperator, dense_bytes
 from conditioning.spectrum.common import (
     METHODS,
+    check_at_least,
     check_between,
     check_choice,
     check_counts,
@@ -46,16 +47,26 @@ class Options:
         if self.max_matvecs is not None:
             check_counts(max_matvecs=self.max_matvecs)
             # One product, one more to measure its noise, and one that tells something.
-            check_between(2, math.inf, max_matvecs=self.max_matvecs)
+            check_at_least(3, max_matvecs=self.max_matvecs)
+        if self.memory_budget is not None:
+            check_at_least(1, memory_budget=self.memory_budget)
 
-    def budget(self, device: torch.device) -> int:
-        """Bytes for the Krylov basis."""
-        return available_bytes(device) // 2 if self.memory_budget is None else self.memory_budget
+    def max_steps(self, operator: LinearOperator) -> int:
+        """Steps whose basis fits the memory: further probes need room for a second basis."""
+        budget = self.memory_budget
+        if budget is None:
+            budget = available_bytes(operator.device) // 2
+        return max(budget // (8 * operator.shape[0] * (1 if self.percentile is None else 2)), 8)
 
     def dense_is_open(self, operator: LinearOperator) -> bool:
         """Whether the dense route fits the memory, and the caller's own limit of products."""
         in_limit = self.max_matvecs is None or operator.shape[0] <= self.max_matvecs
         return in_limit and dense_fits(operator, self.memory_budget)
+
+
+# What a closed run may leave to chance, where the asked allowance cannot be had: the next one
+# that encloses is taken, and stated in the result.
+_LADDER = (1e-4, 1e-2, 2.5e-2)
 
 
 @dataclass(frozen=True)
@@ -66,14 +77,15 @@ class _Bounds:
     smallest: Estimate | None  # None: no Ritz value is surely above the threshold
     threshold: float
     wanted_threshold: float
+    begin: float  # where exclusion begins: the threshold, or above it
     below: float
     null_weight: float
-    closed: bool
+    failure_probability: float
 
     @property
     def ratio(self) -> float:
         """``high / low`` of the condition number; infinite where one end is missing."""
-        if self.smallest is None or self.smallest.low <= 0:
+        if self.smallest is None or self.smallest.low <= 0 or self.largest.low <= 0:
             return math.inf
         ends = self.largest.high / self.largest.low * self.smallest.high / self.smallest.low
         return ends if math.isfinite(ends) else math.inf
@@ -83,14 +95,19 @@ def largest_magnitude(run: LanczosRun, inverse_mass: float) -> Estimate:
     """``max |lambda|``: certain from below (Rayleigh), excluded above with high probability."""
     jacobi, guard = run.jacobi, run.guard
     scale = jacobi.scale
-    if run.closed:
-        reach = float((np.abs(jacobi.ritz_values) + jacobi.residual_norms).max())
-        return Estimate(scale, max(scale - guard, 0.0), reach + guard)
-    high = max(jacobi.right_end(inverse_mass), jacobi.mirrored().right_end(inverse_mass))
+    if run.complete:
+        high = float((np.abs(jacobi.ritz_values) + jacobi.residual_norms).max())
+    else:
+        high = max(jacobi.right_end(inverse_mass), jacobi.mirrored().right_end(inverse_mass))
     return Estimate(scale, max(scale - guard, 0.0), high + guard)
 
 
-def _bounds(run: LanczosRun, options: Options, inverse_mass: float) -> _Bounds:
+def _enclose(run: LanczosRun, options: Options, allowed: float, *, raised: bool) -> _Bounds:
+    """Both ends, each wrong with probability at most ``allowed``.
+
+    With ``raised`` exclusion may begin above the threshold: next to a null space it does.
+    """
+    inverse_mass = inverse_weight(run.operator.shape[0], allowed)
     jacobi, guard = run.jacobi, run.guard
     largest = largest_magnitude(run, inverse_mass)
     wanted = options.zero_rtol * largest.value
@@ -101,21 +118,40 @@ def _bounds(run: LanczosRun, options: Options, inverse_mass: float) -> _Bounds:
     sure = magnitudes - radii > threshold
     below = float(magnitudes[settled_zero].max()) if settled_zero.any() else 0.0
     weight = float(jacobi.weights[settled_zero].sum())
-    if not sure.any():
-        return _Bounds(largest, None, threshold, wanted, below, weight, run.closed)
-    index = int(np.where(sure, magnitudes + radii, np.inf).argmin())
-    value, high = float(magnitudes[index]), float(magnitudes[index] + radii[index])
-    begin = threshold - guard
-    reached = min(
-        side.excluded_until(begin, high, inverse_mass, options.rtol / 20)
-        for side in (jacobi, jacobi.mirrored())
-    )
-    low = reached - guard if reached > begin else 0.0
-    if run.closed and low > 0.5 * value:
-        # All that could still hide has been excluded; what is left is the residual.
-        low = value - float(radii[index])
-    smallest = Estimate(value, max(min(low, value), 0.0), high)
-    return _Bounds(largest, smallest, threshold, wanted, below, weight, run.closed)
+    failure = 0.0 if run.complete else 2 * allowed
+    smallest, begin = None, threshold
+    if sure.any():
+        index = int(np.where(sure, magnitudes + radii, np.inf).argmin())
+        value, high = float(magnitudes[index]), float(magnitudes[index] + radii[index])
+        if run.complete:
+            low = value - float(radii[index])
+        else:
+            resolution = options.rtol / 20 if not run.closed else 1e-10
+            low, begin = _exclude(run, threshold, high, inverse_mass, resolution, raised=raised)
+        smallest = Estimate(value, max(min(low, value), 0.0), high)
+    return _Bounds(largest, smallest, threshold, wanted, begin, below, weight, failure)
+
+
+def _exclude(
+    run: LanczosRun,
+    threshold: float,
+    high: float,
+    inverse_mass: float,
+    resolution: float,
+    *,
+    raised: bool,
+) -> tuple[float, float]:
+    """Where exclusion on both sides of zero ends (0 if there is none), and where it begins."""
+    sides = (run.jacobi, run.jacobi.mirrored())
+    begins = [threshold]
+    if raised and high > 100 * threshold:
+        begins = list(np.geomspace(10 * threshold, high / 10, 12))
+    for begin in begins:
+        start = begin - run.guard
+        reached = min(s.excluded_until(start, high, inverse_mass, resolution) for s in sides)
+        if reached > (5 * begin if raised else start):
+            return reached - run.guard, float(begin)
+    return 0.0, threshold
 
 
 def certify(
@@ -139,15 +175,15 @@ def certify(
     """
     operator = run.operator
     size = operator.shape[0]
-    by_memory = max(options.budget(operator.device) // (8 * size), 8)
     limit = DEFAULT_MATVECS if options.max_matvecs is None else options.max_matvecs
-    room = min(limit - (operator.num_matvecs - spent), by_memory - run.num_steps)
+    products = limit - (operator.num_matvecs - spent)
     if not run.num_steps:
-        room -= 1  # the product that measures the noise
-    last = run.num_steps + max(room, 0)
+        products -= 1  # the one that measures the noise
+    by_memory = options.max_steps(operator)
+    last = max(run.num_steps, min(run.num_steps + max(products, 0), by_memory))
     if options.percentile is not None:
         return _percentile(run, options, spent, generator, last, limit)
-    inverse_mass = inverse_weight(size, options.failure_probability / 2)
+    allowed = options.failure_probability / 2
     while True:
         if run.num_steps:
             if _is_zero(run):
@@ -155,14 +191,34 @@ def certify(
                     size, None, operator.num_matvecs - spent, run.jacobi.scale, run.guard,
                     "exhausted",
                 )  # fmt: skip
-            bounds = _bounds(run, options, inverse_mass)
-            if run.closed and bounds.ratio > 1 + options.rtol and run.reopen():
-                continue
+            bounds = _enclose(run, options, allowed, raised=False)
+            if run.closed:
+                settled = _exhausted(run, options, allowed)
+                if settled is None and run.num_steps < last and run.reopen():
+                    continue
+                bounds = settled or bounds
             if run.closed or bounds.ratio <= 1 + options.rtol or run.num_steps >= last:
                 break
         run.extend(min(_next_check(run.num_steps), last) - run.num_steps)
     used = operator.num_matvecs - spent
-    return _conclude(run, bounds, options, used, inverse_mass, by_memory)
+    return _conclude(run, bounds, options, used, by_memory)
+
+
+def is_exhausted(run: LanczosRun, options: Options) -> bool:
+    """Whether a run has closed in a way that settles the answer."""
+    if not run.closed:
+        return False
+    return _is_zero(run) or _exhausted(run, options, options.failure_probability / 2) is not None
+
+
+def _exhausted(run: LanczosRun, options: Options, allowed: float) -> _Bounds | None:
+    """Bounds of a closed run, with the smallest allowance that encloses; None if none does."""
+    for chance in (allowed, *(step for step in _LADDER if step > allowed)):
+        for raised in (False, True):
+            bounds = _enclose(run, options, chance, raised=raised)
+            if bounds.ratio <= 1 + options.rtol:
+                return bounds
+    return None
 
 
 def _next_check(num_steps: int) -> int:
@@ -180,72 +236,80 @@ def _is_zero(run: LanczosRun) -> bool:
 
 
 def _conclude(
-    run: LanczosRun,
-    bounds: _Bounds,
-    options: Options,
-    used: int,
-    inverse_mass: float,
-    by_memory: int,
+    run: LanczosRun, bounds: _Bounds, options: Options, used: int, by_memory: int
 ) -> ConditionNumber:
-    size = run.operator.shape[0]
     nullity = _nullity(run, bounds, options)
-    if bounds.smallest is not None and bounds.smallest.low <= 0 and not run.closed:
-        bounds = _raise_threshold(run, bounds, inverse_mass)
+    exhausted = run.closed and bounds.ratio <= 1 + options.rtol
+    smallest = bounds.smallest
+    low = max(bounds.largest.low / smallest.high, 1.0) if smallest else 1.0
+    value, high = low, math.inf
+    status, message = _judge(run, bounds, exhausted=exhausted)
+    if status in ("exhausted", "certified", "depends on threshold") and smallest is not None:
+        high = bounds.largest.high / smallest.low if smallest.low > 0 else math.inf
+        value = max(bounds.largest.value / smallest.value, 1.0) if math.isfinite(high) else low
+    if status == "exhausted" and nullity.high:
+        message += f"; about {_count(round(nullity.value), 'eigenvalue')} counted as zero"
+    if status == "certified" and bounds.ratio > 1 + options.rtol:
+        message += f"; wider than rtol={options.rtol:g}, {_more(run, used, by_memory)}"
+    if status == "lower bound only":
+        message += _between(run, options) + f"; {_more(run, used, by_memory)}"
+    return ConditionNumber(
+        value, low, high, bounds.largest, smallest or NAN, nullity, bounds.threshold, None, status,
+        message, used, bounds.below, smallest.value if smallest else math.nan, run.guard,
+        bounds.failure_probability, run.num_distinct() if exhausted else None,
+    )  # fmt: skip
+
+
+def _judge(run: LanczosRun, bounds: _Bounds, *, exhausted: bool) -> tuple[Status, str]:
+    """Status and what it means here."""
     scale, smallest = bounds.largest.value, bounds.smallest
-    above = smallest.value if smallest else math.nan
     noisy = bounds.threshold > 1.01 * bounds.wanted_threshold
-    low = bounds.largest.low / smallest.high if smallest else 1.0
-    high = bounds.largest.high / smallest.low if smallest and smallest.low > 0 else math.inf
-    value = bounds.largest.value / smallest.value if smallest else low
-    failure = 0.0 if run.closed else options.failure_probability
-    distinct = run.num_steps if run.closed else None
-    status: Status
-    undecided = noisy and bounds.below > bounds.wanted_threshold
-    if smallest is None or undecided:
-        status, value, high = "not resolvable", low, math.inf
-        message = (
+    if noisy and (smallest is None or bounds.below > bounds.wanted_threshold):
+        return "not resolvable", (
             f"what decides lies below {bounds.threshold / scale:.1e} max|lambda|, four times the "
             f"rounding measured in the products, and above zero_rtol. Use float64."
-            if undecided or noisy
-            else "no Ritz value has settled above the zero threshold. Allow more products."
         )
-        if not noisy and not undecided:
-            status = "lower bound only"
-    elif bounds.below > bounds.threshold / 10 and smallest.value < bounds.threshold * 10:
-        status = "depends on threshold"
-        message = (
+    if smallest is None:
+        return "lower bound only", "no Ritz value has settled above the zero threshold"
+    if bounds.below > bounds.threshold / 10 and smallest.value < bounds.threshold * 10:
+        return "depends on threshold", (
             f"eigenvalues on both sides of the zero threshold {bounds.threshold:.3g}: "
             f"{bounds.below:.3g} counts as zero, {smallest.value:.3g} does not. Choose zero_rtol, "
             f"or quote percentile=10."
         )
-    elif run.closed:
-        status = "exhausted"
-        message = (
-            f"the Krylov space closed after {run.num_steps} steps: all {distinct} distinct "
-            f"eigenvalues of {size} are known, "
-            f"the smallest kept is {above / scale:.2g} max|lambda|"
+    if exhausted:
+        distinct = _count(run.num_distinct(), "distinct eigenvalue")
+        return "exhausted", (
+            f"the Krylov space closed after {_count(run.num_steps, 'step')}: {distinct} of "
+            f"{run.operator.shape[0]} known, the smallest kept is "
+            f"{smallest.value / scale:.2g} max|lambda|"
         )
-        if nullity.high:
-            message += f"; about {nullity.value:.0f} eigenvalues are zero"
-    elif math.isfinite(high):
-        status = "certified"
-        message = (
+    if smallest.low > 0:
+        return "certified", (
             f"no eigenvalue with {bounds.threshold:.2g} < |lambda| < {smallest.low:.4g}, with "
-            f"probability at least 1 - {options.failure_probability:g}"
+            f"probability at least 1 - {bounds.failure_probability:g}"
         )
-        if bounds.ratio > 1 + options.rtol:
-            message += f"; wider than rtol={options.rtol:g}, {_more(run, used, by_memory)}"
-    else:
-        status, value = "lower bound only", low
-        message = (
-            f"kappa >= {low:.4g} is certain (an eigenvalue of size at most {smallest.high:.3g} "
-            f"exists), nothing below it is excluded yet; certifying would take about "
-            f"{18 * low:.2g} products, {_dense_cost(run)}; {_more(run, used, by_memory)}"
-        )
-    return ConditionNumber(
-        value, low, high, bounds.largest, smallest or NAN, nullity, bounds.threshold,
-        None, status, message, used, bounds.below, above, run.guard, failure, distinct,
-    )  # fmt: skip
+    certain = max(bounds.largest.low / smallest.high, 1.0)
+    return "lower bound only", (
+        f"kappa >= {certain:.4g} is certain (an eigenvalue of size at most {smallest.high:.3g} "
+        f"exists), nothing below it is excluded down to the zero threshold yet; certifying would "
+        f"take about {18 * certain:.2g} products, {_dense_cost(run)}"
+    )
+
+
+def _between(run: LanczosRun, options: Options) -> str:
+    """What is excluded above a larger threshold than the asked one."""
+    bounds = _enclose(run, options, options.failure_probability / 2, raised=True)
+    if bounds.smallest is None or bounds.smallest.low <= 0:
+        return ""
+    return (
+        f"; nothing lies between {bounds.begin:.2g} and {bounds.smallest.low:.4g}, but from "
+        f"{bounds.threshold:.2g} to {bounds.begin:.2g} nothing is excluded"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _more(run: LanczosRun, used: int, by_memory: int) -> str:
@@ -260,27 +324,6 @@ def _dense_cost(run: LanczosRun) -> str:
     return f"the dense route takes {shape[0]} and {format_bytes(dense_bytes(shape, torch.float64))}"
 
 
-def _raise_threshold(run: LanczosRun, bounds: _Bounds, inverse_mass: float) -> _Bounds:
-    """Certify above a larger threshold where the asked one is not reached.
-
-    Next to a null space, exclusion starts a little above zero. If it starts well below the
-    smallest eigenvalue seen, the statement is worth having, with the threshold it needs.
-    """
-    smallest, guard = bounds.smallest, run.guard
-    if smallest is None or smallest.value <= 100 * bounds.threshold:
-        return bounds
-    sides = (run.jacobi, run.jacobi.mirrored())
-    for begin in np.geomspace(10 * bounds.threshold, smallest.value / 10, 12):
-        reached = min(s.excluded_until(begin - guard, smallest.high, inverse_mass) for s in sides)
-        if reached > 5 * begin:
-            proved = Estimate(smallest.value, min(reached - guard, smallest.value), smallest.high)
-            return _Bounds(
-                bounds.largest, proved, float(begin), float(begin), bounds.below,
-                bounds.null_weight, bounds.closed,
-            )  # fmt: skip
-    return bounds
-
-
 def _nullity(run: LanczosRun, bounds: _Bounds, options: Options) -> Estimate:
     """Number of eigenvalues counted as zero, from the weight of the settled zero Ritz values."""
     size = run.operator.shape[0]
@@ -291,8 +334,12 @@ def _nullity(run: LanczosRun, bounds: _Bounds, options: Options) -> Estimate:
     weight = bounds.null_weight
     widest = float(measure.within(np.array([bounds.threshold]))[1][0])
     shares = (weight, weight) if clear else (weight, widest)
+    if run.complete:
+        exact = float((np.abs(run.jacobi.ritz_values) <= bounds.threshold).sum())
+        return Estimate(exact, exact, exact)
     found = measure.count(shares, options.failure_probability)
-    return Estimate(min(max(size * weight, 1.0), float(size)), max(found.low, 1.0), found.high)
+    low = max(found.low, 1.0)
+    return Estimate(float(np.clip(size * weight, low, found.high)), low, found.high)
 
 
 # -- a percentile instead of the smallest --------------------------------------------------
@@ -345,12 +392,12 @@ def _percentile(
         depth = run.num_steps
         start = random_start(size, generator, operator.device)
         noise = run.noise
-        run = LanczosRun(operator, start)
+        run = LanczosRun(operator, start, max_steps=last)
         run.noise = noise
     used = operator.num_matvecs - spent
     guard = run.guard
     threshold = max(options.zero_rtol * largest.value, 4 * guard)
-    low = largest.low / lowest.high if lowest.high > 0 else math.inf
+    low = max(largest.low / lowest.high, 1.0) if lowest.high > 0 else math.inf
     high = largest.high / lowest.low if lowest.low > threshold else math.inf
     value = largest.value / lowest.value if lowest.value > 0 and math.isfinite(high) else low
     status: Status
@@ -359,12 +406,15 @@ def _percentile(
         message = "the percentile lies within the zero threshold: the quotient has no meaning"
     elif not math.isfinite(high):
         status = "lower bound only"
-        message = f"the percentile of |lambda| may be zero; {len(current)} probes of {depth} steps"
+        message = (
+            f"the percentile of |lambda| may be zero; {_count(len(current), 'probe')} of "
+            f"{_count(depth, 'step')}"
+        )
     else:
         status = "exhausted" if run.closed else "certified"
         message = (
-            f"{len(current)} probes of {run.num_steps} steps, with probability at least "
-            f"1 - {options.failure_probability:g}"
+            f"{_count(len(current), 'probe')} of {_count(run.num_steps, 'step')}, with probability "
+            f"at least 1 - {options.failure_probability:g}"
         )
         if ratio > 1 + options.rtol:
             reason = "more probes no longer help" if stalled >= 4 else "max_matvecs ended the run"
@@ -373,7 +423,6 @@ def _percentile(
     return ConditionNumber(
         value, low, high, largest, lowest, weights, threshold, options.percentile, status,
         message, used, math.nan, math.nan, guard, options.failure_probability,
-        run.num_steps if run.closed else None,
     )  # fmt: skip
 
 

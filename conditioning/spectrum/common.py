@@ -58,6 +58,14 @@ def check_between(low: float, high: float, **numbers: float) -> None:
             raise InvalidArgumentError(msg)
 
 
+def check_at_least(least: float, **numbers: float) -> None:
+    """Raise ``InvalidArgumentError`` unless every option is at least this large."""
+    for name, number in numbers.items():
+        if not number >= least:
+            msg = f"{name} must be at least {least:g}, got {number}."
+            raise InvalidArgumentError(msg)
+
+
 def check_choice(choices: tuple[str, ...], **options: str) -> None:
     """Raise ``InvalidArgumentError`` unless every option is one of the choices."""
     for name, option in options.items():

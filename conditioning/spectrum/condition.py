@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from conditioning.errors import InvalidArgumentError
 from conditioning.krylov import LanczosRun, make_generator, random_start
 from conditioning.operators.base import LinearOperator
-from conditioning.spectrum.certify import Options, certify
+from conditioning.spectrum.certify import Options, certify, is_exhausted
 from conditioning.spectrum.common import square
 from conditioning.spectrum.full import full_spectrum
 from conditioning.spectrum.results import ConditionNumber
@@ -81,7 +82,9 @@ def condition_number(
     ``exact``
         All eigenvalues, by a dense solver; the enclosure is rounding (Weyl).
     ``exhausted``
-        The Krylov space closed: all distinct eigenvalues are known.
+        The Krylov space closed: all distinct eigenvalues are known, except with the
+        ``failure_probability`` of the result, which is larger than the one asked for where
+        rounding has grown (many distinct, highly degenerate eigenvalues).
     ``certified``
         ``low <= kappa <= high`` with probability at least ``1 - failure_probability``: Ritz value
         and residual give the sure side, exclusion by the Christoffel function the other
@@ -97,6 +100,8 @@ def condition_number(
         rtol, zero_rtol, percentile, max_matvecs, failure_probability, method, memory_budget
     )
     taken = square(operator)
+    if checkpoint is not None:
+        _check_path(Path(checkpoint))
     spent = taken.num_matvecs
     if method == "dense":
         return _dense(taken, options, spent)
@@ -105,15 +110,20 @@ def condition_number(
     if dense and percentile is not None:
         return _dense(taken, options, spent)
     run = LanczosRun(
-        taken, random_start(taken.shape[0], generator, taken.device), measure_noise=True
+        taken,
+        random_start(taken.shape[0], generator, taken.device),
+        measure_noise=True,
+        max_steps=options.max_steps(taken),
     )
     if checkpoint is not None and Path(checkpoint).exists():
         run.load(checkpoint)
     if dense:
         # A degenerate spectrum closes the Krylov space early, far below n products.
-        room = taken.shape[0] if max_matvecs is None else max_matvecs - taken.shape[0] - 1
+        room = taken.shape[0]
+        if max_matvecs is not None:
+            room = max_matvecs - taken.shape[0] - 1 - (taken.num_matvecs - spent)
         run.extend(min(taken.shape[0] // 2, 64, max(room, 0)))
-        if not run.closed:
+        if not is_exhausted(run, options):
             return _dense(taken, options, spent)
     try:
         return certify(run, options, spent, generator)
@@ -126,3 +136,10 @@ def _dense(operator: LinearOperator, options: Options, spent: int) -> ConditionN
     spectrum = full_spectrum(operator, options.memory_budget)
     result = spectrum.condition_number(options.zero_rtol, options.percentile)
     return replace(result, num_matvecs=operator.num_matvecs - spent)
+
+
+def _check_path(path: Path) -> None:
+    """Before the run, not after it."""
+    if path.is_dir() or not path.parent.is_dir():
+        msg = f"checkpoint must name a file in a folder that exists, got {path}."
+        raise InvalidArgumentError(msg)

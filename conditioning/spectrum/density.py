@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from scipy.stats import t as student_t
 
-from conditioning.errors import InvalidArgumentError
+from conditioning.errors import InvalidArgumentError, NonFiniteError
 from conditioning.jacobi import Array
 from conditioning.krylov import LanczosRun, make_generator, random_start
 from conditioning.operators.base import LinearOperator
 from conditioning.spectrum.common import (
     METHODS,
+    check_at_least,
     check_between,
     check_choice,
     check_counts,
@@ -222,6 +223,8 @@ def index(
         return full_spectrum(taken).index(zero_rtol)
     probes = _probes(taken, num_probes, num_steps, seed)
     cut = max(zero_rtol * max(p.jacobi.scale for p in probes), 4 * max(p.guard for p in probes))
+    if cut == 0:
+        return Estimate(0.0, 0.0, 0.0)  # every product vanished
     measure = SpectralMeasure(probes, size)
     nodes, weights = measure.nodes(absolute=False)
     count = measure.count_at(-cut, failure_probability)
@@ -260,11 +263,12 @@ def trace(
     taken = square(operator)
     size = taken.shape[0]
     check_counts(num_probes=num_probes)
-    check_between(1, math.inf, num_probes=num_probes)  # one alone has no spread
+    check_at_least(2, num_probes=num_probes)  # one alone has no spread
     check_between(0, 1, confidence=confidence)
     if num_probes >= size:
         diagonal = torch.diagonal(taken.dense()).to(torch.float64)
         value = float(diagonal.sum())
+        _check_finite(value)
         eps = torch.finfo(taken.dtype).eps
         error = eps * math.sqrt(size) * float(diagonal.abs().sum())
         return Estimate(value, value - error, value + error)
@@ -278,6 +282,15 @@ def trace(
         samples.append((signs * product).sum(dim=0))
     values = torch.cat(samples).cpu().numpy()
     value = float(values.mean())
+    _check_finite(value)
     error = float(values.std(ddof=1) / math.sqrt(num_probes))
     error *= float(student_t.ppf((1 + confidence) / 2, num_probes - 1))
+    # A diagonal operator has no spread: what is left is rounding.
+    error += torch.finfo(taken.dtype).eps * math.sqrt(size) * float(np.abs(values).mean())
     return Estimate(value, value - error, value + error)
+
+
+def _check_finite(value: float) -> None:
+    if not math.isfinite(value):
+        msg = "A product of the operator is not finite: check the loss for NaN and overflow."
+        raise NonFiniteError(msg)

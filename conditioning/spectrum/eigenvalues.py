@@ -16,7 +16,14 @@ from conditioning.jacobi import Array
 from conditioning.krylov import LanczosRun, make_generator, power_iteration, random_start
 from conditioning.memory import available_bytes
 from conditioning.operators.base import FunctionOperator, LinearOperator
-from conditioning.spectrum.common import check_between, check_choice, check_counts, square
+from conditioning.spectrum.common import (
+    check_at_least,
+    check_between,
+    check_choice,
+    check_counts,
+    dense_fits,
+    square,
+)
 from conditioning.spectrum.full import full_spectrum, solver_error, symmetric_part
 from conditioning.spectrum.measure import inverse_weight
 from conditioning.spectrum.results import Eigenvalues, Estimate
@@ -108,7 +115,8 @@ def eigenvalues(
     _check(k, size, which, method, rtol, max_matvecs, failure_probability)
     spent = taken.num_matvecs
     small = size <= 32 or 4 * k >= size
-    if method == "dense" or (method == "lanczos" and small and size <= max_matvecs):
+    fits = small and size <= max_matvecs and dense_fits(taken, memory_budget)
+    if method == "dense" or (method == "lanczos" and fits):
         return _dense(taken, k, which, vectors, memory_budget, spent)
     key = _KEYS[which]
     generator = make_generator(seed)
@@ -123,14 +131,37 @@ def eigenvalues(
         search = _Search(taken, k, which, rtol, max_matvecs, failure_probability, spent)
         search.max_basis = max(budget // (8 * size), 2 * k + 10)
         status, message, outer = search.run(locked, generator)
-    used = taken.num_matvecs - spent
-    error = float(np.sqrt((locked.residuals**2).sum()))
+        failure_probability = search.chance
+    error = _refine(taken, locked, key)
     estimates = tuple(_enclose(locked.values, key, outer, error, which))
     return Eigenvalues(
         estimates, tuple(map(float, locked.residuals)),
-        locked.vectors if vectors else None, which, method, used, status, message,
-        failure_probability if status == "certified" else 0.0,
+        locked.vectors if vectors else None, which, method, taken.num_matvecs - spent, status,
+        message, failure_probability if status in ("certified", "exhausted") else 0.0,
     )  # fmt: skip
+
+
+def _refine(operator: LinearOperator, locked: _Locked, key: Any) -> float:
+    """Rayleigh-Ritz on the locked space, with the true residuals; their norm together.
+
+    A pair that was found beside others had its residual measured in what was left of the
+    space; here the coupling to them is in it. One product for each pair.
+    """
+    basis = locked.vectors
+    if not basis.shape[1]:
+        return 0.0
+    basis, _ = torch.linalg.qr(basis)
+    images = operator.matmat(basis).to(torch.float64)
+    small = basis.T @ images
+    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    order = np.argsort(-key(values.cpu().numpy()), kind="stable")
+    values, vectors = values[order.copy()], vectors[:, order.copy()]
+    residual = images @ vectors - basis @ (vectors * values)
+    eps = torch.finfo(operator.dtype).eps
+    rounding = 10 * eps * float(values.abs().max())
+    locked.vectors, locked.values = basis @ vectors, values.cpu().numpy()
+    locked.residuals = torch.linalg.vector_norm(residual, dim=0).cpu().numpy() + rounding
+    return float(torch.linalg.matrix_norm(residual)) + rounding
 
 
 def _check(
@@ -141,7 +172,7 @@ def _check(
     check_counts(k=k, max_matvecs=max_matvecs)
     check_between(0, 1, rtol=rtol)
     check_between(0, 0.5, failure_probability=failure)
-    check_between(1, np.inf, max_matvecs=max_matvecs)
+    check_at_least(2, max_matvecs=max_matvecs)
     if which == "SM" and method != "dense":
         msg = (
             "Smallest magnitudes are interior eigenvalues, which Krylov products alone do not "
@@ -204,10 +235,14 @@ class _Search:
     failure_probability: float
     spent: int
     max_basis: int = 0
+    noise: float = 0.0
+    chance: float = 0.0
 
     @property
     def left(self) -> int:
-        return self.max_matvecs - (self.operator.num_matvecs - self.spent)
+        """Products left, with one for each pair put aside to measure its residual at the end."""
+        used = self.operator.num_matvecs - self.spent
+        return self.max_matvecs - min(self.k, self.max_matvecs // 2) - used
 
     def run(self, locked: _Locked, generator: torch.Generator) -> tuple[str, str, float]:
         """Fill ``locked``; return status, message and the largest key that may be missing."""
@@ -220,13 +255,15 @@ class _Search:
                 return *self._unfinished(full), np.inf
             found = LanczosRun(
                 self.operator, random_start(size, generator, self.operator.device),
-                deflate=locked.vectors, measure_noise=rounds == 0,
+                deflate=locked.vectors, measure_noise=rounds == 0, max_steps=self.max_basis,
             )  # fmt: skip
             rounds += 1
+            found.noise = self.noise
             floor = float(key(locked.values).min()) if full else -np.inf
             # Each round is another chance to be wrong: the rounds share the allowance.
             allowed = self.failure_probability / (rounds * (rounds + 1))
-            outer, settled = self._converge(found, floor, inverse_weight(size, allowed))
+            outer, settled = self._converge(found, floor, allowed)
+            self.noise = found.noise
             keys = key(found.jacobi.ritz_values)
             new = np.flatnonzero((keys > floor + self._tolerance(found)) & settled)
             if full and not len(new):
@@ -246,7 +283,7 @@ class _Search:
         return max(self.rtol * run.jacobi.scale, 4 * run.guard)
 
     def _converge(
-        self, run: LanczosRun, floor: float, inverse_mass: float
+        self, run: LanczosRun, floor: float, allowed: float
     ) -> tuple[float, NDArray[np.bool_]]:
         """Extend until what exceeds ``floor`` has converged or is excluded."""
         key = _KEYS[self.which]
@@ -261,7 +298,7 @@ class _Search:
             top = np.argsort(-keys)[: self.k]
             if run.closed and not settled[top].all() and run.reopen():
                 continue
-            outer = self._outer(run, inverse_mass)
+            outer = self._outer(run, allowed)
             if run.closed or room <= 0:
                 return outer, settled
             if np.isfinite(floor):
@@ -273,11 +310,18 @@ class _Search:
             elif len(top) == self.k and settled[top].all():
                 return outer, settled
 
-    def _outer(self, run: LanczosRun, inverse_mass: float) -> float:
+    def _outer(self, run: LanczosRun, allowed: float) -> float:
         """Upper bound of the key over the space that the run lives in."""
         jacobi = run.jacobi
-        if run.closed:
-            return float((_KEYS[self.which](jacobi.ritz_values)).max()) + run.guard
+        if run.closed and jacobi.scale <= run.guard:
+            return run.guard  # nothing but zeros is left
+        if run.complete:
+            reach = _KEYS[self.which](jacobi.ritz_values) + jacobi.residual_norms
+            return float(reach.max()) + run.guard
+        # A closed run has nothing more to say: what it cannot exclude is left to chance.
+        chance = max(allowed, 1e-2) if run.closed else allowed
+        self.chance = max(self.chance, 1e-2 if run.closed else self.failure_probability)
+        inverse_mass = inverse_weight(self.operator.shape[0], chance)
         ends = []
         if self.which in ("LM", "LA"):
             ends.append(jacobi.right_end(inverse_mass))

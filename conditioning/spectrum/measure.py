@@ -142,6 +142,8 @@ class SpectralMeasure:
         least = law.isf(allowed, *self._law(above)) if above else 0.0
         low = high = math.inf
         radius = max(p.jacobi.scale + p.guard for p in self.probes) * 1.1
+        if radius == 0:
+            return Estimate(0.0, 0.0, 0.0)
         points = np.geomspace(1e-14 * radius, radius, 1500)
         points = np.concatenate([[0.0], points] if absolute else [-points[::-1], [0.0], points])
         shares = self.within if absolute else self.cumulated

@@ -206,18 +206,22 @@ def _spectra(path: Path, measured: Sequence[Pair], context: Mapping[str, Any]) -
     values = np.asarray(two[depth]["values"])
     expected = np.repeat(np.concatenate([singular, -singular]), dim * depth // 2)
     plots.plot_spectrum(values, expected, axes[0])
-    axes[0].set_title(f"n = 2, L = {depth}: ±σ_i(D),\neach {dim * depth // 2} times")
+    axes[0].set_title(
+        f"n = 2, L = {depth}: the spectrum is ±σ_i(D),\neach {dim * depth // 2} times"
+    )
     isotropic = {c["L"]: r for c, r in parts(measured, "isotropic") if c["s"] == 0.6}
     depth = 8 if 8 in isotropic else max(isotropic)
     found = isotropic[depth]
     plots.plot_spectrum(np.asarray(found["values"]), np.asarray(found["predicted_values"]), axes[1])
-    axes[1].set_title(f"n = 1, L = {depth}, white, D = 0.6 I:\nfour values, known multiplicities")
+    axes[1].set_title(f"n = 1, L = {depth}, white, D = 0.6 I: four values,\nas often as predicted")
     one = {c["L"]: r for c, r in parts(measured, "one")}
     depth = 16 if 16 in one else max(one)
     plots.plot_spectrum(
         np.asarray(one[depth]["values"]), np.asarray(one[depth]["predicted"]), axes[2]
     )
-    axes[2].set_title(f"n = 1, L = {depth}, {context['data']}:\nbulk of order 1, edge of order L")
+    axes[2].set_title(
+        f"n = 1, L = {depth}, {context['data']}: block matrix,\nbulk of order 1, edge of order L"
+    )
     for ax in axes:
         ax.legend(loc="upper left")
         ax.axhline(0, color="0.6", linewidth=0.8)
@@ -249,7 +253,13 @@ def _products(path: Path, measured: Sequence[Pair], context: Mapping[str, Any]) 
         color=plots.PALETTE[2], label="1-shortcut, white, D = 0.6 I: exhausted",
     )  # fmt: skip
     one = [(c, r["kappa"]) for c, r in parts(measured, "one") if c["L"] >= 2]
-    for status, marker in (("exhausted", "s"), ("certified", "P"), ("lower bound only", "^")):
+    for status, marker in (
+        ("exhausted", "s"),
+        ("certified", "P"),
+        ("lower bound only", "^"),
+        ("depends on threshold", "v"),
+        ("not resolvable", "x"),
+    ):
         some = [(c["L"], k["num_matvecs"]) for c, k in one if k["status"] == status]
         if some:
             ax.plot(
@@ -260,5 +270,5 @@ def _products(path: Path, measured: Sequence[Pair], context: Mapping[str, Any]) 
     _depth_axis(ax, depths)
     ax.set_ylabel("Hessian-vector products")
     ax.set_title("κ of the depth-2 net takes 2d + 1 products at every depth")
-    ax.legend(loc="upper left")
+    ax.legend(loc="center right", bbox_to_anchor=(1.0, 0.47), fontsize="small")
     plots.save(figure, path)
