@@ -465,7 +465,9 @@ def test_a_sparse_gradient_is_named_with_its_cure():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(12, 2)).double()
     batch = (torch.randint(7, (5, 3)), torch.randint(2, (5,)))
-    with pytest.raises(UnsupportedParameterError, match=r"0\.weight is sparse.*sparse=False"):
+    with pytest.raises(
+        errors.UnsupportedParameterError, match=r"0\.weight is sparse.*sparse=False"
+    ):
         HessianOperator(model, nn.CrossEntropyLoss(), batch)
     model[0].sparse = False
     assert HessianOperator(model, nn.CrossEntropyLoss(), batch).shape == (54, 54)

@@ -16,8 +16,9 @@ _n2 = [
         "With shortcuts of depth 2 the condition number at zero is that of D = Σ_XX − Σ_YX, at "
         "every depth.",
         "κ(D)",
-        Tolerance.within(rtol=1e-6),
-        "the enclosures of Lanczos at a failure probability of 1e-6 are about 1e-8 wide",
+        Tolerance.within(rtol=1e-3),
+        "an enclosure by Lanczos at a failure probability of 1e-6 is up to 1e-4 wide; the claims "
+        "about the spectrum go down to rounding",
         "Lanczos at L = 2 ... 1024 on all samples, and all eigenvalues where n <= 4096.",
     ),
     Claim(
@@ -63,7 +64,7 @@ _n2 = [
         "With smooth activations that vanish at zero (mid, post; any before) the condition number "
         "is that of M = (1/m) Σ (x − y) σ_pre(x)ᵀ.",
         "κ(M)",
-        Tolerance.within(rtol=1e-6),
+        Tolerance.within(rtol=1e-3),
         "as n2.kappa",
         "tanh, GELU, shifted sigmoid and shifted softplus, each before, between and after the "
         "matrices, and everywhere, at R = 1 and 2 (paper: 4 too), on all samples.",
@@ -135,7 +136,7 @@ _n1 = [
         _DERIVED,
         "Depth 1, white inputs, D = s I: κ = (L(1 + s) − s)/s.",
         "(L(1+s) − s)/s",
-        Tolerance.within(rtol=1e-6),
+        Tolerance.within(rtol=1e-3),
         "as n2.kappa",
         "s = 0.6; L = 2 ... 32.",
     ),
