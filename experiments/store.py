@@ -161,8 +161,12 @@ class CellStore:
         self.finished = False
         self._configuration: dict[str, Any] = json.loads(canonical(configuration))
         self._cells: dict[str, Any] = {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = self.path.open("a+b")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = self.path.open("a+b")
+        except OSError as error:
+            msg = f"cannot write to {self.path.parent} ({error.strerror}): choose another --out"
+            raise StoreError(msg) from error
         try:
             _lock(self._file, self.path)
             self._open(mode)

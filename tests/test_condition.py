@@ -189,6 +189,7 @@ def test_results_are_frozen_and_print_as_one_line():
         ({"rtol": 0.0}, "rtol"),
         ({"rtol": 1.5}, "rtol"),
         ({"rtol": float("nan")}, "rtol"),
+        ({"rtol": "small"}, "rtol"),
         ({"zero_rtol": -1.0}, "zero_rtol"),
         ({"percentile": 100}, "percentile"),
         ({"percentile": -1}, "percentile"),
@@ -210,6 +211,9 @@ def test_operators_of_the_wrong_kind_are_named():
         condition_number(torch.triu(torch.ones(4, 4)))
     with pytest.raises(InvalidArgumentError, match="Expected an operator"):
         condition_number("hessian")
+    for other in (torch.zeros(0, 0), torch.eye(5).to_sparse(), torch.eye(5).long()):
+        with pytest.raises(ShapeError, match="dense floating-point matrix"):
+            condition_number(other)
     with pytest.raises(NonFiniteError, match="not finite"):
         condition_number(torch.full((4, 4), float("nan"), dtype=torch.float64))
 

@@ -471,3 +471,20 @@ def test_a_sparse_gradient_is_named_with_its_cure():
         HessianOperator(model, nn.CrossEntropyLoss(), batch)
     model[0].sparse = False
     assert HessianOperator(model, nn.CrossEntropyLoss(), batch).shape == (54, 54)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (lambda x, y: {"data": (x.numpy(), y.numpy())}, errors.BatchFormatError, "from_numpy"),
+        (lambda x, y: {"data": ((x, y), (x, y))}, errors.BatchFormatError, "list of them"),
+        (lambda x, y: {"loss_fn": nn.MSELoss}, errors.InvalidArgumentError, r"MSELoss\(\)"),
+        (lambda x, y: {"params": 5}, errors.ParameterSelectionError, "name patterns"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(arguments, error, text):
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2), torch.randn(6, 3), torch.randn(6, 2)
+    fine = {"loss_fn": nn.MSELoss(), "data": (x, y)}
+    with pytest.raises(error, match=text):
+        HessianOperator(model, **{**fine, **arguments(x, y)})

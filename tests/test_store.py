@@ -302,3 +302,9 @@ def test_no_progress_is_silent(tmp_path, capsys):
     with CellStore(tmp_path / "cells.jsonl", CONFIGURATION) as store:
         run_cells(CELLS, measure, store, progress=False)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="choose another --out"):
+        CellStore(tmp_path / "file" / "cells.jsonl", {})

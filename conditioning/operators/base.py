@@ -218,10 +218,12 @@ class MatrixOperator(LinearOperator):
     """An operator from a matrix that is already in memory."""
 
     def __init__(self, matrix: Tensor) -> None:
-        if matrix.ndim != 2 or not matrix.dtype.is_floating_point:
+        real = matrix.dtype.is_floating_point and matrix.layout == torch.strided
+        if matrix.ndim != 2 or not real or not matrix.numel():
             msg = (
-                f"A matrix operator needs a real floating-point matrix, got shape "
-                f"{tuple(matrix.shape)} and dtype {matrix.dtype}."
+                f"A matrix operator needs a real, dense floating-point matrix, got shape "
+                f"{tuple(matrix.shape)}, dtype {matrix.dtype} and layout {matrix.layout}. Wrap "
+                f"other forms: FunctionOperator(lambda v: A @ v, A.shape, A.dtype)."
             )
             raise ShapeError(msg)
         if not bool(torch.isfinite(matrix).all()):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
@@ -147,6 +148,12 @@ class Batches:
                     f"Batch {count} is a {type(batch).__name__}{length}, expected (inputs, "
                     f"targets). With other batches pass loss_fn=None and a callable "
                     f"batch -> loss as the model."
+                )
+                raise BatchFormatError(msg)
+            if self._paired and any(isinstance(part, np.ndarray) for part in batch):
+                msg = (
+                    f"Batch {count} holds NumPy arrays, expected tensors: torch.from_numpy(array) "
+                    f"makes one of each."
                 )
                 raise BatchFormatError(msg)
             count += 1

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from conditioning.errors import (
     AsymmetricOperatorError,
+    BatchFormatError,
     BatchNormTrainingError,
     DoubleBackwardError,
     LossWithoutGraphError,
@@ -55,6 +56,15 @@ def translated_forward_errors(batch: Any, parameters: Sequence[Tensor]) -> Itera
     """Say what does not fit where data and parameters differ in dtype or device."""
     try:
         yield
+    except TypeError as error:
+        pairs = isinstance(batch, tuple) and all(isinstance(part, (tuple, list)) for part in batch)
+        if pairs and "positional argument" in str(error):
+            msg = (
+                f"A tuple is one batch (inputs, targets), and inputs in a tuple are passed as "
+                f"several arguments ({error}). For several batches pass a list of them."
+            )
+            raise BatchFormatError(msg) from error
+        raise
     except RuntimeError as error:
         text = str(error).splitlines()[0] if str(error) else ""
         data = [t for t in tensors_in(batch) if t.dtype.is_floating_point]

@@ -74,6 +74,9 @@ class LossOperator(LinearOperator):
             )
             raise InvalidArgumentError(msg)
         for role, function in (("model", model), ("loss_fn", loss_fn)):
+            if isinstance(function, type):
+                msg = f"{role} is the class {function.__name__}. Make one: {function.__name__}()."
+                raise InvalidArgumentError(msg)
             if not callable(function) and not (role == "loss_fn" and function is None):
                 msg = f"{role} should be callable, got {type(function).__name__}."
                 raise InvalidArgumentError(msg)

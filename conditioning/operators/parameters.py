@@ -211,6 +211,12 @@ def _choose(
         return trainable
     if isinstance(params, Mapping):
         return _refuse_frozen(_by_identity(owned, dict(params), closed=closed))
+    if not isinstance(params, (str, Tensor, Iterable)):
+        msg = (
+            f"params should be None, a module, parameters, or name patterns such as 'layer3.*', "
+            f"got {type(params).__name__}."
+        )
+        raise ParameterSelectionError(msg)
     items = [params] if isinstance(params, (str, Tensor)) else list(params)
     if not items:
         msg = "params selects nothing: it is empty. Pass None for all trainable parameters."

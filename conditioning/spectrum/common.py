@@ -53,8 +53,8 @@ def check_counts(**counts: Any) -> None:
 def check_between(low: float, high: float, **numbers: float) -> None:
     """Raise ``InvalidArgumentError`` unless every option lies strictly between the ends."""
     for name, number in numbers.items():
-        if not low < number < high:
-            msg = f"{name} must lie between {low:g} and {high:g}, got {number}."
+        if not isinstance(number, (int, float, np.number)) or not low < number < high:
+            msg = f"{name} must lie between {low:g} and {high:g}, got {number!r}."
             raise InvalidArgumentError(msg)
 
 

@@ -205,7 +205,8 @@ def zero_operator(
     message = (
         f"zero operator: every product vanished, all {size} eigenvalues are zero, so there is no "
         f"condition number. At a stationary point of order above 1 the first nonzero "
-        f"derivative is of higher order; evaluate elsewhere."
+        f"derivative is of higher order, and on a kink (ReLU, max, masks) autograd's derivative is "
+        f"a convention; evaluate elsewhere."
     )
     return ConditionNumber(
         math.nan, math.nan, math.nan, Estimate(scale, 0.0, scale + error), NAN,
