@@ -66,6 +66,14 @@ def check_at_least(least: float, **numbers: float) -> None:
             raise InvalidArgumentError(msg)
 
 
+def check_share(**shares: float) -> None:
+    """Raise ``InvalidArgumentError`` unless every option lies between 0 and 1, ends included."""
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            msg = f"{name} must lie between 0 and 1, got {share}."
+            raise InvalidArgumentError(msg)
+
+
 def check_choice(choices: tuple[str, ...], **options: str) -> None:
     """Raise ``InvalidArgumentError`` unless every option is one of the choices."""
     for name, option in options.items():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student_t
 
-from conditioning.errors import InvalidArgumentError, NonFiniteError
+from conditioning.errors import NonFiniteError
 from conditioning.jacobi import Array
 from conditioning.krylov import LanczosRun, make_generator, random_start
 from conditioning.operators.base import LinearOperator
@@ -20,6 +20,7 @@ from conditioning.spectrum.common import (
     check_between,
     check_choice,
     check_counts,
+    check_share,
     dense_fits,
     square,
 )
@@ -77,9 +78,7 @@ class SpectralDensity(Result):
         InvalidArgumentError
             If ``q`` is not between 0 and 1.
         """
-        if not 0 <= q <= 1:
-            msg = f"q must lie between 0 and 1, got {q}."
-            raise InvalidArgumentError(msg)
+        check_share(q=q)
         if isinstance(self._source, FullSpectrum):
             return self._source.quantile(q, absolute=absolute)
         return self._source.quantile(q, self.failure_probability, absolute=absolute)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conditioning.errors import InvalidArgumentError, NonFiniteError
+from conditioning.errors import NonFiniteError
 from conditioning.jacobi import Array
 from conditioning.operators.base import LinearOperator
-from conditioning.spectrum.common import check_zero_and_percentile, square
+from conditioning.spectrum.common import check_share, check_zero_and_percentile, square
 from conditioning.spectrum.results import ConditionNumber, Estimate, Result, Status
 
 NAN = Estimate(math.nan, math.nan, math.nan)
@@ -135,9 +135,7 @@ class FullSpectrum(Result):
         InvalidArgumentError
             If ``q`` is not between 0 and 1.
         """
-        if not 0 <= q <= 1:
-            msg = f"q must lie between 0 and 1, got {q}."
-            raise InvalidArgumentError(msg)
+        check_share(q=q)
         value = float(np.quantile(np.abs(self.values) if absolute else self.values, q))
         low = value - self.error
         return Estimate(value, max(low, 0.0) if absolute else low, value + self.error)

@@ -22,7 +22,7 @@ NAME = "shortcut_depth"
 TITLE = "Hessian conditioning at zero for shortcut depths 1, 2, 3"
 PAPER = (
     "S. Li, J. Jiao, Y. Han, T. Weissman, Demystifying ResNet, arXiv:1611.01186 (2016), "
-    "sections 3 and 4, figure 5"
+    "main theorem and figure 5"
 )
 
 
