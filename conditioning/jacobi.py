@@ -62,7 +62,16 @@ class JacobiMatrix:
 
     def mirrored(self) -> JacobiMatrix:
         """The matrix of ``-A``: what holds on the left of zero, read on the right."""
-        return JacobiMatrix(-self.diagonal, self.off_diagonal, self.residual_norm)
+        return self._mirror
+
+    @cached_property
+    def _mirror(self) -> JacobiMatrix:
+        mirror = JacobiMatrix(-self.diagonal, self.off_diagonal, self.residual_norm)
+        # -T = S (T with its diagonal negated) S, S = diag(1, -1, 1, ...): nothing to solve again.
+        values, vectors = self._eigh
+        signs = np.where(np.arange(self.size) % 2, -1.0, 1.0)[:, None]
+        mirror.__dict__["_eigh"] = (-values[::-1], (signs * vectors)[:, ::-1])
+        return mirror
 
     @cached_property
     def _eigh(self) -> tuple[Array, Array]:

@@ -86,6 +86,9 @@ def test_a_budget_that_is_too_small_is_said():
     assert few.num_matvecs <= 12
     power = eigenvalues(matrix, 2, method="power", max_matvecs=12)
     assert power.status == "not converged"
+    for limit in (2, 3, 7, 40):
+        for method in ("lanczos", "power"):
+            assert eigenvalues(matrix, 3, method=method, max_matvecs=limit).num_matvecs <= limit
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 33])

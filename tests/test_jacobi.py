@@ -87,6 +87,15 @@ def test_right_end_is_beyond_every_eigenvalue_that_has_the_mass():
         assert jacobi.mirrored().right_end(1 / weights[0]) >= -values[0]
 
 
+def test_the_mirror_has_the_eigenpairs_of_the_negated_matrix():
+    jacobi, _ = measured(np.linspace(-1, 4, 60), 15)
+    mirror = jacobi.mirrored()
+    matrix, vectors = mirror.dense(), mirror.ritz_vectors
+    assert np.allclose(matrix @ vectors, vectors * mirror.ritz_values, atol=1e-12)
+    assert np.allclose(mirror.ritz_values, -jacobi.ritz_values[::-1], atol=1e-14)
+    assert np.allclose(mirror.weights, jacobi.weights[::-1], atol=1e-14)
+
+
 def test_exclusion_stops_before_an_eigenvalue_and_reaches_it_in_the_end():
     values = np.concatenate([np.linspace(2, 10, 100), [0.5]])
     for steps, reached_it in ((5, False), (60, True)):

@@ -110,6 +110,7 @@ class LanczosRun:
         self._check_every = 1 if self._device.type == "cpu" else 10
         self._leak = 0.0
         self._may_close = True
+        self._jacobi: JacobiMatrix | None = None
         self._max_steps = size if max_steps is None else min(max_steps, size)
         vector = start.detach().to(self._device, basis_dtype)
         if not (np.isfinite(self.start_norm) and self.start_norm > 0):
@@ -317,9 +318,10 @@ class LanczosRun:
     @property
     def jacobi(self) -> JacobiMatrix:
         """The tridiagonal matrix with the norm of the residual behind it."""
-        return JacobiMatrix(
-            np.array(self._alpha), np.array(self._beta[:-1]), self._beta[-1] if self._beta else 0.0
-        )
+        if self._jacobi is None or self._jacobi.size != len(self._alpha):
+            last = self._beta[-1] if self._beta else 0.0
+            self._jacobi = JacobiMatrix(np.array(self._alpha), np.array(self._beta[:-1]), last)
+        return self._jacobi
 
     @property
     def basis(self) -> Tensor:
@@ -378,7 +380,7 @@ class LanczosRun:
                 f"one has {self.operator.shape[0]}. Delete it or name another file."
             )
             raise InvalidArgumentError(msg)
-        self._chunks, self.num_steps = [], 0
+        self._chunks, self.num_steps, self._jacobi = [], 0, None
         self._max_steps = max(self._max_steps, len(state["basis"]))
         for row in state["basis"].to(self._dtype):
             self._append(row)

@@ -374,7 +374,8 @@ def _power(
     projected = FunctionOperator(apply, (size, size), torch.float64, operator.device)
 
     def left() -> int:
-        return max_matvecs - (operator.num_matvecs - spent)
+        used = operator.num_matvecs - spent
+        return max_matvecs - min(k, max_matvecs // 2) - used  # one each for the residuals
 
     if which != "LM":
         start = random_start(size, generator, operator.device)
