@@ -244,6 +244,11 @@ class LanczosRun:
         """Whether the basis spans the whole space, so that all eigenvalues are known."""
         return self.num_steps >= self.operator.shape[0] - self._num_deflated()
 
+    @property
+    def only_zeros(self) -> bool:
+        """Whether the space closed on zero eigenvalues alone: every product vanished."""
+        return self.closed and self.jacobi.scale <= self.guard
+
     def _is_noise(self) -> bool:
         """Whether the newest residual is rounding, grown on the way.
 

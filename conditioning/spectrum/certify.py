@@ -83,6 +83,11 @@ class _Bounds:
     failure_probability: float
 
     @property
+    def certain(self) -> float:
+        """The condition number is at least this, whatever chance does."""
+        return max(self.largest.low / self.smallest.high, 1.0) if self.smallest else 1.0
+
+    @property
     def ratio(self) -> float:
         """``high / low`` of the condition number; infinite where one end is missing."""
         if self.smallest is None or self.smallest.low <= 0 or self.largest.low <= 0:
@@ -186,17 +191,15 @@ def certify(
     allowed = options.failure_probability / 2
     while True:
         if run.num_steps:
-            if _is_zero(run):
+            if run.only_zeros:
                 return zero_operator(
                     size, None, operator.num_matvecs - spent, run.jacobi.scale, run.guard,
                     "exhausted",
                 )  # fmt: skip
-            bounds = _enclose(run, options, allowed, raised=False)
-            if run.closed:
-                settled = _exhausted(run, options, allowed)
-                if settled is None and run.num_steps < last and run.reopen():
-                    continue
-                bounds = settled or bounds
+            settled = _exhausted(run, options, allowed)
+            if run.closed and settled is None and run.num_steps < last and run.reopen():
+                continue
+            bounds = settled or _enclose(run, options, allowed, raised=False)
             if run.closed or bounds.ratio <= 1 + options.rtol or run.num_steps >= last:
                 break
         run.extend(min(_next_check(run.num_steps), last) - run.num_steps)
@@ -206,13 +209,13 @@ def certify(
 
 def is_exhausted(run: LanczosRun, options: Options) -> bool:
     """Whether a run has closed in a way that settles the answer."""
-    if not run.closed:
-        return False
-    return _is_zero(run) or _exhausted(run, options, options.failure_probability / 2) is not None
+    return run.only_zeros or _exhausted(run, options, options.failure_probability / 2) is not None
 
 
 def _exhausted(run: LanczosRun, options: Options, allowed: float) -> _Bounds | None:
     """Bounds of a closed run, with the smallest allowance that encloses; None if none does."""
+    if not run.closed:
+        return None
     for chance in (allowed, *(step for step in _LADDER if step > allowed)):
         for raised in (False, True):
             bounds = _enclose(run, options, chance, raised=raised)
@@ -231,18 +234,13 @@ def _next_check(num_steps: int) -> int:
     return check
 
 
-def _is_zero(run: LanczosRun) -> bool:
-    return run.closed and run.jacobi.scale <= run.guard
-
-
 def _conclude(
     run: LanczosRun, bounds: _Bounds, options: Options, used: int, by_memory: int
 ) -> ConditionNumber:
     nullity = _nullity(run, bounds, options)
     exhausted = run.closed and bounds.ratio <= 1 + options.rtol
     smallest = bounds.smallest
-    low = max(bounds.largest.low / smallest.high, 1.0) if smallest else 1.0
-    value, high = low, math.inf
+    value, low, high = bounds.certain, bounds.certain, math.inf
     status, message = _judge(run, bounds, exhausted=exhausted)
     if status in ("exhausted", "certified", "depends on threshold") and smallest is not None:
         high = bounds.largest.high / smallest.low if smallest.low > 0 else math.inf
@@ -289,11 +287,10 @@ def _judge(run: LanczosRun, bounds: _Bounds, *, exhausted: bool) -> tuple[Status
             f"no eigenvalue with {bounds.threshold:.2g} < |lambda| < {smallest.low:.4g}, with "
             f"probability at least 1 - {bounds.failure_probability:g}"
         )
-    certain = max(bounds.largest.low / smallest.high, 1.0)
     return "lower bound only", (
-        f"kappa >= {certain:.4g} is certain (an eigenvalue of size at most {smallest.high:.3g} "
-        f"exists), nothing below it is excluded down to the zero threshold yet; certifying would "
-        f"take about {18 * certain:.2g} products, {_dense_cost(run)}"
+        f"kappa >= {bounds.certain:.4g} is certain (an eigenvalue of size at most "
+        f"{smallest.high:.3g} exists), nothing below it is excluded down to the zero threshold "
+        f"yet; certifying would take about {18 * bounds.certain:.2g} products, {_dense_cost(run)}"
     )
 
 
@@ -330,13 +327,13 @@ def _nullity(run: LanczosRun, bounds: _Bounds, options: Options) -> Estimate:
     clear = bounds.smallest is not None and bounds.smallest.low > bounds.threshold
     if bounds.null_weight == 0:
         return Estimate(0.0, 0.0, 0.0 if clear else float(size))
+    if run.complete:
+        exact = float((np.abs(run.jacobi.ritz_values) <= bounds.threshold).sum())
+        return Estimate(exact, exact, exact)
     measure = SpectralMeasure([Probe(run.jacobi, run.start_norm**2, run.guard)], size)
     weight = bounds.null_weight
     widest = float(measure.within(np.array([bounds.threshold]))[1][0])
     shares = (weight, weight) if clear else (weight, widest)
-    if run.complete:
-        exact = float((np.abs(run.jacobi.ritz_values) <= bounds.threshold).sum())
-        return Estimate(exact, exact, exact)
     found = measure.count(shares, options.failure_probability)
     low = max(found.low, 1.0)
     return Estimate(float(np.clip(size * weight, low, found.high)), low, found.high)
@@ -365,7 +362,7 @@ def _percentile(
     depth = min(last, 50)
     while True:
         run.extend(max(depth - run.num_steps, 0))
-        if not probes and _is_zero(run):
+        if not probes and run.only_zeros:
             used = operator.num_matvecs - spent
             return zero_operator(size, options.percentile, used, 0.0, run.guard, "exhausted")
         if not probes:

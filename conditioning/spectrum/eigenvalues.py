@@ -267,7 +267,8 @@ class _Search:
             keys = key(found.jacobi.ritz_values)
             new = np.flatnonzero((keys > floor + self._tolerance(found)) & settled)
             if full and not len(new):
-                if outer <= floor + _SLACK * abs(floor) + self._tolerance(found):
+                if self._excluded(found, outer, floor):
+                    self.chance = self._chance(found, self.failure_probability)
                     return *self._finished(found), max(outer, floor)
                 return *self._unfinished(True), np.inf
             if not len(new):
@@ -281,6 +282,10 @@ class _Search:
 
     def _tolerance(self, run: LanczosRun) -> float:
         return max(self.rtol * run.jacobi.scale, 4 * run.guard)
+
+    def _excluded(self, run: LanczosRun, outer: float, floor: float) -> bool:
+        """Whether nothing in the run's space lies noticeably beyond ``floor``."""
+        return outer <= floor + _SLACK * abs(floor) + self._tolerance(run)
 
     def _converge(
         self, run: LanczosRun, floor: float, allowed: float
@@ -305,23 +310,27 @@ class _Search:
                 beyond = top[keys[top] > floor + tolerance]
                 if len(beyond) and settled[beyond].all():
                     return outer, settled
-                if not len(beyond) and outer <= floor + _SLACK * abs(floor) + tolerance:
+                if not len(beyond) and self._excluded(run, outer, floor):
                     return outer, settled
             elif len(top) == self.k and settled[top].all():
                 return outer, settled
 
+    def _chance(self, run: LanczosRun, allowed: float) -> float:
+        """Probability with which an outer bound of the run's space may be wrong."""
+        if run.complete or run.only_zeros:
+            return 0.0
+        # A closed run has nothing more to say: what it cannot exclude is left to chance.
+        return max(allowed, 1e-2) if run.closed else allowed
+
     def _outer(self, run: LanczosRun, allowed: float) -> float:
         """Upper bound of the key over the space that the run lives in."""
         jacobi = run.jacobi
-        if run.closed and jacobi.scale <= run.guard:
-            return run.guard  # nothing but zeros is left
+        if run.only_zeros:
+            return run.guard
         if run.complete:
             reach = _KEYS[self.which](jacobi.ritz_values) + jacobi.residual_norms
             return float(reach.max()) + run.guard
-        # A closed run has nothing more to say: what it cannot exclude is left to chance.
-        chance = max(allowed, 1e-2) if run.closed else allowed
-        self.chance = max(self.chance, 1e-2 if run.closed else self.failure_probability)
-        inverse_mass = inverse_weight(self.operator.shape[0], chance)
+        inverse_mass = inverse_weight(self.operator.shape[0], self._chance(run, allowed))
         ends = []
         if self.which in ("LM", "LA"):
             ends.append(jacobi.right_end(inverse_mass))
