@@ -87,6 +87,26 @@ class DenseTooLargeError(ConditioningError, MemoryError):
     """The dense matrix does not fit the memory budget."""
 
 
+class BlockSelectionError(ConditioningError, ValueError):
+    """``blocks`` names or matches nothing in the model, or no block can be found in it."""
+
+
+class HooksNotFiredError(ConditioningError, RuntimeError):
+    """No tracked block ran in a step: compiled before tracking, unused, or without gradients."""
+
+
+class NoBackwardError(ConditioningError, RuntimeError):
+    """A step was closed, but no gradient arrived at any tracked block."""
+
+
+class TrackerActiveError(ConditioningError, RuntimeError):
+    """A tracker was started while it was already running."""
+
+
+class RankMismatchError(ConditioningError, RuntimeError):
+    """The ranks of a distributed run did not record the same things in a step."""
+
+
 class ConditioningWarning(UserWarning):
     """Base class of every warning that this package issues on purpose."""
 
@@ -101,3 +121,11 @@ class MixedDtypeWarning(ConditioningWarning):
 
 class NonsmoothPointWarning(ConditioningWarning):
     """The parameters sit on a kink, where autograd's second derivative is a convention."""
+
+
+class NonFiniteGradientWarning(ConditioningWarning):
+    """A gradient or an activation became NaN or infinite; says in which block first."""
+
+
+class BlockNotSeenWarning(ConditioningWarning):
+    """A tracked block did not run, or no gradient passed through it."""

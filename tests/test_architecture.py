@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From left to right: a module may import those before it. Modules of one entry are a package.
 ORDER = (
-    "errors", "memory", "jacobi", "operators", "krylov", "spectrum", "theory", "plots",
+    "errors", "memory", "jacobi", "distributed", "operators", "krylov", "spectrum", "blocks",
+    "norms", "theory", "plots",
 )  # fmt: skip
 FILES = sorted((ROOT / "conditioning").rglob("*.py"))
 

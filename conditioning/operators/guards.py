@@ -134,13 +134,24 @@ class BufferGuard:
         del self._saved
 
 
+_evaluations = 0
+
+
+def evaluating() -> bool:
+    """Whether an operator evaluates a model now: trackers must not take that for training."""
+    return _evaluations > 0
+
+
 @contextlib.contextmanager
 def differentiable(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Switch to kernels that can be differentiated twice, with gradients on.
 
     Fused attention and cuDNN's recurrent layers have no second derivative.
     """
+    global _evaluations
     with contextlib.ExitStack() as stack:
+        _evaluations += 1
+        stack.callback(_end_evaluation)
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -149,6 +160,11 @@ def differentiable(modules: Sequence[nn.Module], device: torch.device) -> Iterat
             torch.backends.cudnn.enabled = False
             stack.callback(setattr, torch.backends.cudnn, "enabled", before)
         yield
+
+
+def _end_evaluation() -> None:
+    global _evaluations
+    _evaluations -= 1
 
 
 def fingerprint(tensors: Iterable[Tensor], modules: Sequence[nn.Module]) -> tuple[Any, ...]:

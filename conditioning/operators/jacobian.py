@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from conditioning.errors import (
     AsymmetricOperatorError,
     BatchFormatError,
+    InvalidArgumentError,
     LossWithoutGraphError,
     MixedDevicesError,
     NonFiniteError,
@@ -69,6 +71,17 @@ class JacobianOperator(LinearOperator):
     inputs : Tensor, tuple or dict
         As :class:`HessianOperator` takes them: a tuple is passed as ``*args``, a dict as
         ``**kwargs``. Differentiated by all floating-point tensors in it, in order.
+    wrt : int or iterable of int, optional
+        Differentiate by these only, counted from 0 among the floating-point tensors of the inputs.
+        The others are constants: masks, position embeddings, a second stream. The order is that
+        of the inputs.
+    outputs : int or iterable of int, optional
+        Differentiate these only, counted likewise among the floating-point tensors of what the
+        module returns.
+    batch_statistics : bool
+        Allow normalisation layers in training mode. The Jacobian is then that of the whole
+        batch, whose samples their statistics couple; running statistics stay as they are. Off by
+        default, because a model that was left in training mode by mistake looks the same.
     check : bool
         Evaluate twice, to see that the outputs are finite and do not depend on chance, and
         compare ``<u, J v>`` with ``<J^T u, v>``.
@@ -76,7 +89,7 @@ class JacobianOperator(LinearOperator):
     Attributes
     ----------
     shape : tuple of int
-        Elements of all floating-point outputs, elements of all floating-point inputs.
+        Elements of the differentiated outputs, elements of the inputs differentiated by.
     num_matvecs : int
         Products so far, with ``J`` or its transpose.
 
@@ -86,6 +99,8 @@ class JacobianOperator(LinearOperator):
         If inputs or outputs hold no floating-point tensor.
     LossWithoutGraphError
         If the outputs do not depend on the inputs through autograd.
+    InvalidArgumentError
+        If ``wrt`` or ``outputs`` counts beyond what there is.
     ConditioningError
         As :class:`HessianOperator`.
 
@@ -98,15 +113,27 @@ class JacobianOperator(LinearOperator):
             [0., 1.]])
     """
 
-    def __init__(self, module: Callable[..., Any], inputs: Any, *, check: bool = True) -> None:
+    def __init__(
+        self,
+        module: Callable[..., Any],
+        inputs: Any,
+        *,
+        wrt: int | Iterable[int] | None = None,
+        outputs: int | Iterable[int] | None = None,
+        batch_statistics: bool = False,
+        check: bool = True,
+    ) -> None:
         self._module = module
         self._inputs = inputs
         self._owners = find_modules(module, exact=False)
         self._modules = [m for _, m in named_modules(self._owners)]
-        wanted = _floating(inputs)
-        if not wanted:
+        floating = _floating(inputs)
+        if not floating:
             msg = "The inputs hold no floating-point tensor to differentiate by."
             raise BatchFormatError(msg)
+        self._wrt = _positions(wrt, "wrt", len(floating), "inputs")
+        self._wanted_outputs = None if outputs is None else _listed(outputs, "outputs")
+        wanted = [floating[i] for i in self._wrt]
         devices = {str(t.device) for t in wanted}
         if len(devices) > 1:
             msg = f"The inputs live on several devices: {', '.join(sorted(devices))}."
@@ -115,18 +142,19 @@ class JacobianOperator(LinearOperator):
         self._engine, self._adjoint_engine = BlockEngine(), BlockEngine()
         with torch.inference_mode(mode=False), isolated_randomness() as state:
             buffers = BufferGuard(self._modules, compare=check)
-            outputs, graph = self._build(buffers)
+            values, graph = self._build(buffers)
             drew = check and not state.unchanged()
-            self._codomain = FlatLayout([f"output_{i}" for i in range(len(outputs))], outputs)
+            self._codomain = FlatLayout([f"output_{i}" for i in range(len(values))], values)
             super().__init__(
                 (self._codomain.numel, self._domain.numel), self._domain.dtype, self._domain.device
             )
             self._graph: JacobianGraph | None = graph
             self._made_at = self._marks()
             if check:
-                refuse_norms_in_training(self._owners, buffers.changed)
+                if not batch_statistics:
+                    refuse_norms_in_training(self._owners, buffers.changed)
                 state.reseed()
-                self._check(outputs, drew=drew)
+                self._check(values, drew=drew)
 
     def refresh(self) -> None:
         """Forget the graph, so that the next product evaluates the module anew."""
@@ -139,11 +167,17 @@ class JacobianOperator(LinearOperator):
 
     def _build(self, buffers: BufferGuard) -> tuple[list[Tensor], JacobianGraph]:
         leaves: list[Tensor] = []
+        count = 0
 
         def leaf(tensor: Tensor) -> Tensor:
+            nonlocal count
             if not tensor.dtype.is_floating_point:
                 return tensor.clone() if tensor.is_inference() else tensor
-            leaves.append(tensor.detach().clone().requires_grad_())
+            count += 1
+            copy = tensor.detach().clone()
+            if count - 1 not in self._wrt:
+                return copy
+            leaves.append(copy.requires_grad_())
             # A copy once more, because a first layer that works in place may not touch a leaf.
             return leaves[-1].clone()
 
@@ -154,13 +188,20 @@ class JacobianOperator(LinearOperator):
             if not outputs:
                 msg = "The outputs hold no floating-point tensor."
                 raise BatchFormatError(msg)
-            if not any(output.requires_grad for output in outputs):
+            if self._wanted_outputs is not None:
+                places = _positions(self._wanted_outputs, "outputs", len(outputs), "outputs")
+                outputs = [outputs[i] for i in places]
+            graph = None
+            if any(output.requires_grad for output in outputs):
+                graph = JacobianGraph(outputs, leaves)
+            # Outputs of trained parameters alone have a graph too.
+            if graph is None or not any(graph.used):
                 msg = (
                     "The outputs do not depend on the inputs through autograd. Look for "
                     ".detach(), .data, torch.no_grad() or integer operations on the way."
                 )
                 raise LossWithoutGraphError(msg)
-            return outputs, JacobianGraph(outputs, leaves)
+            return outputs, graph
 
     def _check(self, first: list[Tensor], *, drew: bool) -> None:
         counter = SavedBytes(_parameters_of(self._modules))
@@ -228,6 +269,32 @@ class JacobianOperator(LinearOperator):
             graph, self._codomain, self._domain, vectors.T.contiguous()
         )
         return rows.to(self.dtype).T
+
+
+def _listed(positions: int | Iterable[int], name: str) -> list[int]:
+    try:
+        return [operator.index(positions)]  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    try:
+        return [operator.index(position) for position in positions]  # type: ignore[union-attr]
+    except TypeError:
+        msg = f"{name} must be None, an int or an iterable of ints, got {positions!r}."
+        raise InvalidArgumentError(msg) from None
+
+
+def _positions(wanted: int | Iterable[int] | None, name: str, count: int, where: str) -> list[int]:
+    """Positions of the wanted tensors among ``count``, ascending."""
+    if wanted is None:
+        return list(range(count))
+    found = _listed(wanted, name)
+    if not found or len(set(found)) < len(found) or not all(0 <= i < count for i in found):
+        msg = (
+            f"{name}={wanted!r} does not choose among the floating-point tensors of the {where}, "
+            f"counted from 0 to {count - 1}, each at most once."
+        )
+        raise InvalidArgumentError(msg)
+    return sorted(found)
 
 
 def _floating(tree: Any) -> list[Tensor]:

@@ -5,17 +5,21 @@ from conditioning.spectrum.density import SpectralDensity, index, spectral_densi
 from conditioning.spectrum.eigenvalues import eigenvalues
 from conditioning.spectrum.full import FullSpectrum, full_spectrum
 from conditioning.spectrum.results import ConditionNumber, Eigenvalues, Estimate
+from conditioning.spectrum.singular import singular_range
+from conditioning.spectrum.singular_bounds import SingularRange
 
 __all__ = [
     "ConditionNumber",
     "Eigenvalues",
     "Estimate",
     "FullSpectrum",
+    "SingularRange",
     "SpectralDensity",
     "condition_number",
     "eigenvalues",
     "full_spectrum",
     "index",
+    "singular_range",
     "spectral_density",
     "trace",
 ]

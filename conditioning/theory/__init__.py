@@ -8,6 +8,16 @@ from conditioning.theory.activations import (
     main_theorem_assumptions,
 )
 from conditioning.theory.discrete_spectrum import DiscreteSpectrum
+from conditioning.theory.norm_preservation import (
+    branch_bound,
+    depth_rate,
+    expected_backward_gain,
+    expected_forward_gain,
+    initial_ratios,
+    matrix_root_deviation,
+    product_bound,
+    ratio_band,
+)
 from conditioning.theory.one_shortcut import (
     one_shortcut_commuting_spectrum,
     one_shortcut_gradient,
@@ -37,8 +47,14 @@ __all__ = [
     "DiscreteSpectrum",
     "TheoremAssumptions",
     "activation_at_zero",
+    "branch_bound",
+    "depth_rate",
+    "expected_backward_gain",
+    "expected_forward_gain",
+    "initial_ratios",
     "leading_coefficient",
     "main_theorem_assumptions",
+    "matrix_root_deviation",
     "near_global_minimiser_norm",
     "one_shortcut_commuting_spectrum",
     "one_shortcut_gradient",
@@ -46,6 +62,8 @@ __all__ = [
     "one_shortcut_isotropic_spectrum",
     "one_shortcut_largest_eigenvalue_bounds",
     "one_shortcut_zero_target_condition_number",
+    "product_bound",
+    "ratio_band",
     "relu_gated_moments",
     "relu_limit_spectrum",
     "residual_moment",
