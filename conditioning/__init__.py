@@ -1,6 +1,8 @@
 """Measure the conditioning of neural networks, each number with its error."""
 
+from conditioning.blocks import find_blocks
 from conditioning.krylov import lanczos, power_iteration
+from conditioning.norms import GradientNorms
 from conditioning.operators import (
     FunctionOperator,
     GaussNewtonOperator,
@@ -32,6 +34,7 @@ __all__ = [
     "FullSpectrum",
     "FunctionOperator",
     "GaussNewtonOperator",
+    "GradientNorms",
     "HessianOperator",
     "JacobianOperator",
     "LinearOperator",
@@ -39,6 +42,7 @@ __all__ = [
     "SpectralDensity",
     "condition_number",
     "eigenvalues",
+    "find_blocks",
     "full_spectrum",
     "index",
     "lanczos",

@@ -9,9 +9,11 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import matplotlib.colors
+import matplotlib.ticker
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -19,6 +21,9 @@ from matplotlib.figure import Figure
 
 from conditioning.jacobi import Array
 from conditioning.spectrum import Estimate, SpectralDensity
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PALETTE: Sequence[Any] = sns.color_palette("colorblind")
 
@@ -157,4 +162,131 @@ def plot_density(
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("density")
     ax.set_title(f"Spectral density, n = {density.size} ({density.status})")
+    return ax
+
+
+def plot_ratios(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    transitions: Sequence[str] = (),
+    bound: tuple[float, float] | None = None,
+    num_curves: int = 6,
+) -> Axes:
+    """Gradient-norm ratio of every block, one curve for each snapshot, light to dark in time.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        A row for each step, a column for each block in depth order, as
+        :meth:`GradientNorms.ratios` gives it.
+    ax : Axes, optional
+    transitions : sequence of str
+        Blocks to mark.
+    bound : pair of float, optional
+        A band to draw, such as that of a theory.
+    num_curves : int
+        At most so many snapshots are drawn, evenly spaced, the first and the last among them.
+    """
+    ax = _axes(ax)
+    shown = np.unique(np.linspace(0, len(frame) - 1, min(num_curves, len(frame))).round())
+    depth = np.arange(1, frame.shape[1] + 1)
+    colors = sns.color_palette("flare", len(shown))
+    marker = "o" if len(depth) <= 40 else None
+    for color, row in zip(colors, shown.astype(int), strict=True):
+        values = frame.iloc[row].to_numpy(dtype=float)
+        positive = np.where(values > 0, values, np.nan)
+        ax.plot(depth, positive, color=color, marker=marker, markersize=3, linewidth=1.2,
+                label=f"step {frame.index[row]}")  # fmt: skip
+    ax.axhline(1, color="0.35", linewidth=0.8, zorder=0)
+    if bound is not None:
+        ax.axhspan(*bound, color=PALETTE[2], alpha=0.15, zorder=0, label="bound")
+    _mark_columns(ax, frame, transitions)
+    ax.set_yscale("log")
+    _decades_or_plain(ax)
+    _name_columns(ax, frame, "block, from input to output")
+    ax.set_ylabel("gradient norm at input / at output")
+    ax.set_title("Norm preservation: 1 is ideal")
+    ax.legend(fontsize="x-small", ncols=2, loc="best")
+    return ax
+
+
+def _mark_columns(ax: Axes, frame: pd.DataFrame, names: Sequence[str]) -> None:
+    places = [place for place, name in enumerate(frame.columns, 1) if name in set(names)]
+    for number, place in enumerate(places):
+        ax.axvline(place, color="0.45", linestyle=":", linewidth=1, zorder=0.9,
+                   label=None if number else "transition")  # fmt: skip
+
+
+def _name_columns(ax: Axes, frame: pd.DataFrame, label: str) -> None:
+    """Names of blocks where there is room for them, else their numbers."""
+    if frame.shape[1] <= 24:
+        names = [str(name) for name in frame.columns]
+        turned = sum(map(len, names)) > 50
+        ax.set_xticks(range(1, len(names) + 1), names, rotation=90 if turned else 0,
+                      fontsize="x-small")  # fmt: skip
+    ax.set_xlabel(label)
+
+
+def _decades_or_plain(ax: Axes) -> None:
+    """Plain numbers on a logarithmic axis; between the decades too where it spans few."""
+    low, high = ax.get_ylim()
+    if high / low < 2:
+        middle = (high * low) ** 0.5
+        low, high = min(low, middle / 2**0.5), max(high, middle * 2**0.5)
+        ax.set_ylim(low, high)
+    narrow = high / low < 30
+    ax.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    if narrow:
+        ax.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        ax.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+
+def plot_ratio_heatmap(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    transitions: Sequence[str] = (),
+    bound: tuple[float, float] | None = None,
+) -> Axes:
+    """Ratios over depth and step: red where the gradient grows, blue where it shrinks.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        As for :func:`plot_ratios`.
+    ax : Axes, optional
+    transitions : sequence of str
+        Blocks to mark.
+    bound : pair of float, optional
+        The colours end there; by default they end at the ratio farthest from 1.
+    """
+    ax = _axes(ax)
+    values = frame.to_numpy(dtype=float)
+    logs = np.log(np.where(values > 0, values, np.nan))
+    finite = np.abs(logs[np.isfinite(logs)])
+    reach = max(finite.max() if finite.size else 0.0, 1e-3)
+    if bound is not None:
+        reach = max(abs(np.log(end)) for end in bound if end > 0)
+    edges = np.arange(frame.shape[1] + 1) + 0.5
+    mesh = ax.pcolormesh(
+        edges, np.arange(len(frame) + 1), np.ma.masked_invalid(np.exp(logs)), cmap="vlag",
+        norm=mpl.colors.LogNorm(np.exp(-reach), np.exp(reach)), rasterized=True,
+    )  # fmt: skip
+    ax.set_facecolor("0.75")  # what is missing or not finite shows through
+    for place, name in enumerate(frame.columns, 1):
+        if name in set(transitions):
+            ax.plot(place, 1.0, marker="v", color="0.2", markersize=5, clip_on=False,
+                    transform=ax.get_xaxis_transform())  # fmt: skip
+    rows = np.unique(np.linspace(0, len(frame) - 1, min(6, len(frame))).round()).astype(int)
+    ax.set_yticks(rows + 0.5, [str(frame.index[row]) for row in rows])
+    ax.grid(visible=False)
+    bar = ax.figure.colorbar(mesh, ax=ax, label="gradient norm at input / at output")
+    ticks = np.exp(np.linspace(-reach, reach, 5))
+    bar.set_ticks(ticks.tolist(), labels=[f"{tick:.3g}" for tick in ticks])
+    bar.ax.minorticks_off()
+    legend = " (▼ transition)" if len(transitions) else ""
+    _name_columns(ax, frame, f"block, from input to output{legend}")
+    ax.set_ylabel("step")
+    ax.set_title("Norm preservation: white is ideal")
     return ax

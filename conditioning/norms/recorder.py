@@ -1,0 +1,274 @@
+"""The hooks: what happens at the borders of blocks, forward and backward.
+
+A forward hook registers a tensor hook on what enters and what leaves a block. Module backward
+hooks are not used: they break when the output of a block is changed in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from conditioning.blocks import Block
+from conditioning.norms.readings import Port, Wanted, is_real_tensor, read
+from conditioning.operators.batches import tensors_in
+from conditioning.operators.guards import evaluating
+
+# "unrecorded": run without gradients inside a pass that has them, as reentrant checkpointing does
+# before it runs the same block again, "recomputed", during the backward pass.
+Mode = Literal["recorded", "unrecorded", "recomputed"]
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One call of one block."""
+
+    block: int
+    order: int
+    pass_id: int
+    mode: Mode
+    inputs: list[Port] = field(default_factory=list)
+    outputs: list[Port] = field(default_factory=list)
+    differentiable: bool = True
+    finished: bool = False
+
+
+class _Hook:
+    """A hook that does not travel: copies and pickles of the module get one that does nothing."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    # Its bookkeeping cannot be traced: under torch.compile the graph is cut here.
+    @torch.compiler.disable
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert()
+
+    def __copy__(self) -> Callable[..., None]:
+        return _inert()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A bound method of the standard library that takes anything and returns None: whoever
+        # loads the module need not have this package.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def _inert() -> Callable[..., None]:
+    return contextlib.nullcontext().__exit__
+
+
+def _backward_number() -> int:
+    """The number of the backward pass that this thread is in, or -1."""
+    return int(torch._C._current_graph_task_id())
+
+
+class Recorder:
+    """Collects slots while it listens.
+
+    Parameters
+    ----------
+    blocks : sequence of Block
+    ancestors : sequence of Module
+        Modules that contain all blocks: a call of one of them begins a new forward pass.
+    wanted : Wanted
+        What is kept of each tensor.
+    activations : bool
+        Whether activations are read.
+    every_tensor : bool
+        Whether all differentiable tensors count, or the first one only.
+    scaler : GradScaler, optional
+        Its scale is noted once for each backward pass.
+
+    Attributes
+    ----------
+    slots : list of Slot
+        Calls since the last ``clear()``.
+    listening : bool
+        Whether calls are recorded; the number of calls is counted in any case.
+    seen : bool
+        Whether any block ran with gradients on since the last ``clear()``.
+    shapes : dict of int to pair of shapes
+        What entered and left a block when it was first called.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        ancestors: Sequence[nn.Module],
+        wanted: Wanted,
+        *,
+        activations: bool,
+        every_tensor: bool,
+        scaler: Any,
+    ) -> None:
+        self._blocks, self._ancestors = blocks, ancestors
+        self._wanted, self._activations, self._every = wanted, activations, every_tensor
+        self._scaler = scaler
+        self._handles: list[RemovableHandle] = []
+        self._hooks: list[_Hook] = []
+        self._epoch = 0
+        self.shapes: dict[int, tuple[torch.Size, torch.Size]] = {}
+        self.listening = True
+        self.paused = 0
+        self.wide = False
+        self.clear()
+
+    # -- life -----------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put the hooks on the blocks."""
+        for module in self._ancestors:
+            begin, end = _Hook(self._begin_pass), _Hook(self._end_pass)
+            self._handles.append(module.register_forward_pre_hook(begin))
+            self._handles.append(module.register_forward_hook(end, always_call=True))
+        for index, block in enumerate(self._blocks):
+            enter = _Hook(functools.partial(self._enter, index))
+            leave = _Hook(functools.partial(self._leave, index))
+            self._handles.append(block.module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles.append(block.last.register_forward_hook(leave))
+
+    def detach(self) -> None:
+        """Take the hooks away; gradients that are still on their way are not recorded."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all slots."""
+        self._epoch += 1
+        self.slots: list[Slot] = []
+        self.seen = False
+        self.scales: dict[int, Tensor] = {}
+        self._ports: dict[int, tuple[weakref.ref[Tensor], int, Port]] = {}
+        self._open: dict[int, Slot] = {}
+        self._order = itertools.count()
+        self._pass_id = 0
+        self._pass_pending = False
+        self._pass_differentiable = True
+        self._running: set[int] = set()
+
+    @property
+    def _active(self) -> bool:
+        return not (self.paused or evaluating())
+
+    # -- forward --------------------------------------------------------------------------------
+
+    def _begin_pass(self, module: nn.Module, *_: Any) -> None:
+        if not self._active or _backward_number() >= 0:
+            return
+        # A part that holds all blocks may be called several times by the model: one pass.
+        if not self._running:
+            self._pass_pending = True
+            self._pass_differentiable = torch.is_grad_enabled()
+        self._running.add(id(module))
+
+    def _end_pass(self, module: nn.Module, *_: Any) -> None:
+        if _backward_number() < 0:
+            self._running.discard(id(module))
+
+    def _enter(self, index: int, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._active:
+            return
+        in_backward = _backward_number() >= 0
+        if not in_backward:
+            if self._pass_pending:
+                self._pass_pending = False
+                self._pass_id += 1
+                self._ports.clear()
+                self._open.clear()
+            if not self._pass_differentiable:
+                return
+        self.seen = True
+        if not self.listening:
+            return
+        mode: Mode = "recorded"
+        if in_backward:
+            mode = "recomputed"
+        elif not torch.is_grad_enabled():
+            mode = "unrecorded"
+        slot = Slot(index, next(self._order), self._pass_id, mode)
+        only = len(args) == 1 and not kwargs
+        chosen = self._chosen(args[0] if only else (args, kwargs))
+        if chosen and index not in self.shapes:
+            self.shapes[index] = (chosen[0].shape, torch.Size())
+        slot.inputs = [self._port(t, mode) for t in chosen]
+        self.slots.append(slot)
+        self._open[index] = slot
+
+    def _leave(self, index: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        slot = self._open.pop(index, None)
+        if slot is None or not self._active:
+            return
+        chosen = self._chosen(output)
+        slot.differentiable = any(t.requires_grad for t in chosen)
+        slot.outputs = [self._port(t, slot.mode) for t in chosen]
+        slot.finished = True
+        if chosen and index in self.shapes and not self.shapes[index][1]:
+            self.shapes[index] = (self.shapes[index][0], chosen[0].shape)
+
+    def _chosen(self, tree: Any) -> list[Tensor]:
+        """The stream: the first tensor that needs a gradient, or all of them."""
+        if isinstance(tree, Tensor):
+            return [tree] if is_real_tensor(tree) and not _transformed(tree) else []
+        found = [t for t in tensors_in(tree) if is_real_tensor(t) and not _transformed(t)]
+        with_gradient = [t for t in found if t.requires_grad]
+        chosen = with_gradient or found
+        return chosen if self._every else chosen[:1]
+
+    def _port(self, tensor: Tensor, mode: Mode) -> Port:
+        version = -1 if tensor.is_inference() else tensor._version
+        reference, known_version, port = self._ports.get(id(tensor), (None, 0, None))
+        if port is None or reference is None or reference() is not tensor:
+            port = None
+        if port is None or known_version != version:
+            port = Port()
+            self._ports[id(tensor)] = (weakref.ref(tensor), version, port)
+            if self._activations and mode != "recomputed":
+                with torch.no_grad():
+                    port.activation = read(tensor, self._wanted, wide=self.wide)
+        if mode != "unrecorded" and tensor.requires_grad and not port.hooked:
+            port.hooked = True
+            tensor.register_hook(self._gradient_hook(port))
+        return port
+
+    # -- backward -------------------------------------------------------------------------------
+
+    def _gradient_hook(self, port: Port) -> Callable[[Tensor], None]:
+        epoch = self._epoch
+
+        def on_gradient(gradient: Tensor) -> None:
+            # A hook that returns something would replace the gradient.
+            if self._epoch == epoch and self._active and gradient is not None:
+                self._note(port, gradient)
+
+        hook: Callable[[Tensor], None] = torch.compiler.disable(on_gradient)
+        return hook
+
+    def _note(self, port: Port, gradient: Tensor) -> None:
+        number = _backward_number()
+        repeat = 0
+        while (number, repeat) in port.gradients:
+            repeat += 1
+        with torch.no_grad():
+            port.gradients[number, repeat] = read(gradient, self._wanted, wide=self.wide)
+            if self._scaler is not None and number not in self.scales:
+                one = torch.ones((), device=gradient.device)
+                self.scales[number] = self._scaler.scale(one)
+
+
+def _transformed(tensor: Tensor) -> bool:
+    """Whether it is a tracer of ``torch.func``, which takes no hooks."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
