@@ -1,6 +1,6 @@
 """Measure the conditioning of neural networks, each number with its error."""
 
-from conditioning.blocks import find_blocks
+from conditioning.blocks import block_jacobians, find_blocks, split_blocks
 from conditioning.krylov import lanczos, power_iteration
 from conditioning.norms import GradientNorms
 from conditioning.operators import (
@@ -16,11 +16,13 @@ from conditioning.spectrum import (
     Eigenvalues,
     Estimate,
     FullSpectrum,
+    SingularRange,
     SpectralDensity,
     condition_number,
     eigenvalues,
     full_spectrum,
     index,
+    singular_range,
     spectral_density,
     trace,
 )
@@ -39,7 +41,9 @@ __all__ = [
     "JacobianOperator",
     "LinearOperator",
     "MatrixOperator",
+    "SingularRange",
     "SpectralDensity",
+    "block_jacobians",
     "condition_number",
     "eigenvalues",
     "find_blocks",
@@ -47,6 +51,8 @@ __all__ = [
     "index",
     "lanczos",
     "power_iteration",
+    "singular_range",
     "spectral_density",
+    "split_blocks",
     "trace",
 ]

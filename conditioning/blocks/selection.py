@@ -22,10 +22,11 @@ def find_blocks(model: nn.Module, inputs: Any = None) -> Blocks:
     its two operands part. A module is a residual block if its output can be reached from its
     input through such additions only; what stands between two of them and changes the shape
     is a transition. Several additions in one forward pass (attention and feed-forward) are one
-    block, chains of blocks are none. Where nothing is residual, the layers of ``nn.Sequential``
-    and ``nn.ModuleList`` are the blocks.
+    block, chains of blocks are none. Where nothing is residual, repeated composite modules are
+    the blocks, or else the layers with weights; in ``nn.Sequential`` together with what follows
+    them up to the next.
 
-    Without ``inputs`` nothing is run: repeated composite modules in containers, of unknown kind.
+    Without ``inputs`` nothing is run: repeated composite modules or layers, of unknown kind.
 
     Parameters
     ----------
@@ -44,7 +45,7 @@ def find_blocks(model: nn.Module, inputs: Any = None) -> Blocks:
     Raises
     ------
     BlockSelectionError
-        If there is nothing that looks like a block, or the model has uninitialised parameters.
+        If no layer with weights runs, or the model has uninitialised parameters.
 
     Examples
     --------
@@ -58,11 +59,10 @@ def find_blocks(model: nn.Module, inputs: Any = None) -> Blocks:
     tree = Tree(model)
     found = structural_blocks(tree) if inputs is None else Measurement(model, inputs, tree).blocks()
     if not found:
-        children = ", ".join(repr(child.name) for child in tree.root.children.values())
         msg = (
             f"No block can be told in the {type(tree.root.inner).__name__}: nothing in it is "
-            f"residual, no composite module is repeated, and no nn.Sequential or nn.ModuleList "
-            f"holds layers. Name the blocks; its children are: {children or 'none'}."
+            f"residual, and no layer that ran has weights. Name the blocks: "
+            f"select_blocks(model, [...]), or blocks=[...]."
         )
         raise BlockSelectionError(msg)
     return Blocks(found)

@@ -13,6 +13,8 @@ from conditioning.blocks.wrappers import unwrapped, walk
 
 # Layers beside the blocks that a stage may have: a normalisation and a convolution, say.
 _BESIDE = 2
+# So many attributes of one class are blocks; two may be the towers of a network that compares.
+_ATTRIBUTES = 3
 
 
 @dataclass(eq=False)
@@ -98,8 +100,9 @@ def has_weights(module: nn.Module) -> bool:
 
 
 def _weight_layers(node: Node) -> int:
-    own = any(p is not None and p.ndim >= 2 for p in node.inner._parameters.values())
-    return own + sum(_weight_layers(child) for child in node.children.values())
+    if _owns_weights(node):
+        return 1
+    return sum(_weight_layers(child) for child in node.children.values())
 
 
 def structural_blocks(tree: Tree) -> list[Block]:
@@ -111,16 +114,21 @@ def structural_blocks(tree: Tree) -> list[Block]:
 
 
 def _repeated(tree: Tree) -> list[Node]:
-    """Composite items of containers whose class occurs twice, at the level that is the block."""
-    items = [
-        child
-        for node in tree.root
-        if node.is_container
-        for child in node.children.values()
-        if not child.is_container and child.children and has_weights(child.inner)
-    ]
+    """Composite modules whose class is repeated, at the level that is the block."""
+    listed, named = [], []
+    for node in tree.root:
+        children = [
+            child
+            for child in node.children.values()
+            if not child.is_container and child.children and has_weights(child.inner)
+        ]
+        if node.is_container:
+            listed.extend(children)
+        else:
+            counts = Counter(type(child.inner) for child in children)
+            named.extend(c for c in children if counts[type(c.inner)] >= _ATTRIBUTES)
     # A convolution with its normalisation is a class of its own in many libraries.
-    for layers in (2, 1):
+    for items, layers in ((listed, 2), (named, 2), (listed, 1), (named, 1)):
         large = [node for node in items if _weight_layers(node) >= layers]
         counts = Counter(type(node.inner) for node in large)
         found = _blocks_among(large, {kind for kind, count in counts.items() if count >= 2})
@@ -194,24 +202,44 @@ def width_change(module: nn.Module) -> str:
 
 
 def layer_runs(tree: Tree) -> list[Block]:
-    """A weight layer of a chain and what follows it up to the next, or an item of a list."""
+    """Layers with weights; in a chain with what follows them up to the next, in a list the items.
+
+    Tables are none: what goes in cannot be differentiated by.
+    """
     items = {
         child
         for node in tree.root
         if isinstance(node.inner, (nn.ModuleList, nn.ModuleDict))
         for child in node.children.values()
-        if has_weights(child.inner) and not _splits(child)
+        if _is_layer(child) and not _splits(child)
     }
-    # An item that holds items is a stage; the layers inside one that does not are its own affair.
+    # An item that holds items is a stage.
     items = {node for node in items if not any(n in items for n in node if n is not node)}
-    inside = {inner for node in items for inner in node}
-    blocks: list[Block] = []
-    for node in tree.root:
-        if node in items:
-            blocks.append(tree.block(node))
-        elif node.is_chain and node not in inside:
-            blocks.extend(_runs_of(tree, node))
-    return list({block.name: block for block in blocks}.values())
+
+    def visit(node: Node) -> Iterator[Block]:
+        if node in items or (_is_layer(node) and _owns_weights(node)):
+            yield tree.block(node)
+            return
+        if node.is_chain:
+            yield from _runs_of(tree, node)
+        for child in node.children.values():
+            # What a chain does not split is part of one of its runs.
+            if not node.is_chain or _splits(child):
+                yield from visit(child)
+
+    return list(visit(tree.root))
+
+
+def _is_layer(node: Node) -> bool:
+    table = isinstance(node.inner, (nn.Embedding, nn.EmbeddingBag))
+    return has_weights(node.inner) and not table
+
+
+def _owns_weights(node: Node) -> bool:
+    return any(p is not None and p.ndim >= 2 for p in node.inner._parameters.values()) or (
+        # A reparametrised weight belongs to a child of this name.
+        "parametrizations" in node.children
+    )
 
 
 def _splits(node: Node) -> bool:
@@ -224,7 +252,7 @@ def _runs_of(tree: Tree, chain: Node) -> Iterator[Block]:
     starts = [
         i
         for i, child in enumerate(chain.children.values())
-        if has_weights(child.inner) and not _splits(child)
+        if _is_layer(child) and not _splits(child)
     ]
     breaks = {i for i, child in enumerate(chain.children.values()) if _splits(child)}
     for i, start in enumerate(starts):

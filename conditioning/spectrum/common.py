@@ -29,7 +29,7 @@ def square(operator: Any) -> LinearOperator:
     if not taken.symmetric:
         msg = (
             f"{taken!r} is not symmetric. Spectra here are those of symmetric operators; for "
-            f"singular values pass A^T A."
+            f"singular values use singular_range."
         )
         raise ShapeError(msg)
     return taken
