@@ -25,6 +25,7 @@ from experiments.store import STORE_NAME, CellStore, Mode, code_fingerprint
 # Names and modules, not modules: what is not asked for is not imported.
 _MODULES: dict[str, str] = {
     "shortcut_depth": "experiments.shortcut_depth",
+    "norm_preservation": "experiments.norm_preservation",
 }
 
 
