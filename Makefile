@@ -23,6 +23,7 @@ help:  ## Show this list
 
 reproduce: $(VENV)/.installed-experiments  ## Install, measure, print the verdicts, draw the figures
 	$(BIN)/python -m experiments shortcut_depth $(ARGS)
+	$(BIN)/python -m experiments norm_preservation $(ARGS)
 
 test: $(VENV)/.installed-test  ## Install and run the tests
 	$(BIN)/python -m pytest $(ARGS)

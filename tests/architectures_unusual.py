@@ -56,6 +56,32 @@ def _macaron(block: Any, x: Tensor) -> Tensor:
     return block.norm(x + 0.5 * block.c(x))
 
 
+def _through_views(block: Any, x: Tensor) -> Tensor:
+    out = block.a(x)
+    out.view(-1).add_(x.reshape(-1))
+    return out
+
+
+def _overwriting(block: Any, x: Tensor) -> Tensor:
+    out, more = x + block.a(x), block.b(x)
+    x.zero_()
+    return out + more
+
+
+def _layer_between(block: Any, x: Tensor) -> Tensor:
+    x = block.b(x + block.a(x))
+    return x + block.c(x)
+
+
+def _shifted(block: Any, x: Tensor) -> Tensor:
+    """The second branch mixes its input with that of the sample before, and the first's output."""
+    mixed = block.a(x)
+    x = x + mixed
+    shifted = x.roll(1, 0)
+    shifted[0] = mixed[0]
+    return x + block.b(0.3 * x + 0.7 * shifted)
+
+
 def _gain() -> nn.Parameter:
     return nn.Parameter(torch.ones(5))
 
@@ -92,6 +118,18 @@ BLOCKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any], str, st
     ),
     "sum of a list": (lambda m, x: sum([x, m.a(x)]), {"a": _linear}, "identity", ""),
     "in place on the input": (lambda m, x: x.add_(m.a(x)), {"a": _linear}, "identity", ""),
+    "input overwritten": (_overwriting, {"a": _linear, "b": _linear}, "identity", ""),
+    "scaled by a number that depends on the input": (
+        lambda m, x: torch.sigmoid(m.g(x).mean()) * x + m.a(x),
+        {"a": _linear, "g": _linear},
+        "transition", "skip through",
+    ),
+    "a layer between additions": (
+        _layer_between, {"a": _linear, "b": _linear, "c": _linear},
+        "transition", "a layer after an addition; 2 additions",
+    ),
+    "shifted features": (_shifted, {"a": _linear, "b": _linear}, "identity", "2 additions"),
+    "through views": (_through_views, {"a": _linear}, "identity", ""),
     "copy": (lambda m, x: x.clone() + m.a(x), {"a": _linear}, "identity", ""),
     "highway": (_highway, {"a": _linear, "gate": _linear}, "transition", "skip through"),
     "three additions": (
@@ -233,6 +271,20 @@ class _Attention(nn.Module):
         return (self.output(torch.tanh(self.inner(hidden)), hidden),)
 
 
+class _TwoBranches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+def sum_in_the_head() -> Made:
+    layers = [_linear(), Residual(_mlp()), Residual(_mlp()), _linear(), _TwoBranches()]
+    return nn.Sequential(*layers).double(), torch.randn(6, 5).double()
+
+
 class _BertLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -244,22 +296,68 @@ class _BertLayer(nn.Module):
 
 
 class _Bert(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, depth: int) -> None:
         super().__init__()
-        self.embed = _linear()
         self.position = _linear()
-        self.layer = nn.ModuleList(_BertLayer() for _ in range(3))
+        self.layer = nn.ModuleList(_BertLayer() for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
         x = x + self.position(x)  # an addition of the encoder's own, before its layers
         for layer in self.layer:
             x = layer(x)[0]
         return x
 
 
-def additions_in_children() -> Made:
-    return nn.Sequential(_Bert(), nn.Linear(5, 2)).double(), torch.randn(6, 5).double()
+def additions_in_children(depth: int = 2) -> Made:
+    """The encoder makes an addition too, and its input is that of the skip."""
+    model = nn.Sequential(_linear(), _Bert(depth), nn.Linear(5, 2))
+    return model.double(), torch.randn(6, 5).double()
+
+
+def one_layer_encoder() -> Made:
+    return additions_in_children(depth=1)
+
+
+class _SecondOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.side, self.inner = _linear(), _mlp()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.side(x), x + self.inner(x)
+
+
+class _SecondOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_SecondOutput() for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        sides = []
+        for block in self.blocks:
+            side, x = block(x)
+            sides.append(side)
+        return x, sides
+
+
+def stream_in_the_second_output() -> Made:
+    return _SecondOutputs().double(), torch.randn(6, 5).double()
+
+
+class _Hourglass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = _conv(4, 4), _conv(4, 4)
+        self.down, self.up = _conv(4, 4, 2), nn.ConvTranspose2d(4, 4, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.last(self.up(F.relu(self.down(x))) + x)
+
+
+def additive_unet() -> Made:
+    """One addition from end to end of a network does not make a block of it."""
+    return nn.Sequential(_conv(3, 4), _Hourglass()).double(), torch.randn(2, 3, 8, 8).double()
 
 
 class _Reversible(nn.Module):
@@ -452,9 +550,15 @@ UNUSUAL: dict[str, tuple[Callable[[], Made], dict[str, str]]] = {
     ),
     "adapters": (adapters, dict.fromkeys(["1", "2"], _IDENTITY)),
     "low_rank_layers": (low_rank_layers, dict.fromkeys(["1", "2"], _IDENTITY)),
+    "sum_in_the_head": (sum_in_the_head, dict.fromkeys("12", _IDENTITY)),
     "additions_in_children": (
-        additions_in_children, dict.fromkeys([f"0.layer.{i}" for i in range(3)], _IDENTITY),
+        additions_in_children, dict.fromkeys(["1.layer.0", "1.layer.1"], _IDENTITY),
     ),
+    "one_layer_encoder": (one_layer_encoder, {"1.layer.0": _IDENTITY}),
+    "stream_in_the_second_output": (
+        stream_in_the_second_output, dict.fromkeys(["blocks.0", "blocks.1"], _IDENTITY),
+    ),
+    "additive_unet": (additive_unet, dict.fromkeys("01", _PLAIN)),
     "reversible": (reversible, dict.fromkeys("012", _IDENTITY)),
     "padded_shortcut": (
         padded_shortcut, {"1": _IDENTITY, "2": _TRANSITION, "3": _IDENTITY},

@@ -38,7 +38,6 @@ FUNCTIONS = {
     "split_blocks": split_blocks,
 }
 WITHOUT = {
-    "find_blocks": {"lstm"},
     "split_blocks": {"lstm", "plain_mlp", "vgg", "densenet", "unet", "autoencoder"},
 }
 
@@ -102,7 +101,9 @@ def test_any_gradient_mode_around_it_will_do(context):
         model, inputs = ZOO["inplace_relu_first"]()
         assert len(find_blocks(model, inputs)) == 3
         assert len(split_blocks(model, inputs)) == 3
-        assert len(record_calls(model, inputs, find_blocks(model))) == 3
+        calls = record_calls(model, inputs, find_blocks(model))
+        assert len(calls) == 3
+        assert not any(call.output.is_inference() for call in calls)
 
 
 def test_tensors_made_under_inference_mode_are_taken():
@@ -227,3 +228,56 @@ def test_blocks_of_a_model_on_a_gpu_are_found():
     assert [b.kind for b in blocks].count("transition") == 3
     assert torch.equal(state, torch.cuda.get_rng_state())
     before.assert_unchanged()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_fused_attention_layers_are_taken_apart():
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    mask = torch.tensor([[False, False, True], [False, False, False]])
+    inputs = {"src": torch.randn(2, 3, 4), "src_key_padding_mask": mask}
+    calls = record_calls(model, inputs, select_blocks(model, "layers.*"))
+    # The fused form would hand on nested tensors without the padding.
+    assert not any(tensor.is_nested for call in calls for tensor in tensors_in(call.args))
+    assert [call.output.shape for call in calls] == [(2, 3, 4)] * 2
+    assert len(record_calls(model, inputs, select_blocks(model, "layers.*.linear1"))) == 2
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_first_layer_that_works_in_place_changes_no_inputs():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    inputs = torch.randn(5, 3)
+    given = inputs.clone()
+    for function in (find_blocks, lambda m, x: record_calls(m, x, find_blocks(m))):
+        function(model, inputs)
+        assert torch.equal(inputs, given)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_parts_run_as_they_were_written():
+    ran = []
+
+    def backend(graph, _):
+        def run(*args):
+            ran.append(1)
+            return graph(*args)
+
+        return run
+
+    model, inputs = ZOO["nested_stages"]()
+    model.body[0] = torch.compile(model.body[0], backend=backend)
+    model.body[1].compile(backend=backend)
+    model.eval()
+    compiled = model.body[1]._compiled_call_impl, vars(model.body[0])["forward"]
+    with torch.no_grad():
+        model(inputs)
+        assert ran
+        ran.clear()
+        # A compiled graph hides hooks that come after it, and additions that it fuses.
+        assert len(record_calls(model, inputs, find_blocks(model))) == 5
+        assert len(find_blocks(model, inputs)) == 5
+        assert not ran
+        model(inputs)
+        assert ran
+    after = model.body[1]._compiled_call_impl, vars(model.body[0])["forward"]
+    assert all(one is other for one, other in zip(compiled, after, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import ZOO
+from architectures import ZOO, MlpBlock
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -112,6 +112,9 @@ def test_a_stage_with_a_bare_layer_in_it_is_a_transition():
     model, inputs = ZOO["procrustes_layout"]()
     first, second = select_blocks(model, model.stages, inputs)
     assert (first.kind, second.kind) == ("transition", "identity")
+    model, inputs = ZOO["residual_mlp"]()
+    chain = nn.Sequential(model.blocks[0], nn.Linear(5, 5).double(), model.blocks[1])
+    assert select_blocks(chain, chain, torch.randn(2, 5).double())[0].kind == "transition"
 
 
 @pytest.mark.parametrize(
@@ -229,3 +232,17 @@ def test_a_whole_model_may_be_the_block(resnet):
     (block,) = select_blocks(model, model, inputs)
     assert (block.name, block.label, block.kind) == ("", "(model)", "transition")
     assert "(model)" in str(Blocks([block]))
+
+
+def test_a_named_layer_has_the_kind_that_it_has_among_all():
+    model, inputs = ZOO["bare_transition_attribute"]()
+    found = find_blocks(model, inputs)
+    named = select_blocks(model, list(found.names), inputs)
+    assert [block.kind for block in named] == [block.kind for block in found]
+    assert select_blocks(model, "transition1", inputs)[0].kind == "transition"
+    assert select_blocks(model, "stem", inputs)[0].kind == "plain"
+
+
+def test_stem_and_head_of_a_chain_are_no_transitions():
+    layers = [nn.Linear(3, 5), *(MlpBlock(5) for _ in range(3)), nn.Linear(5, 2)]
+    assert find_blocks(nn.Sequential(*layers)).names == ("1", "2", "3")

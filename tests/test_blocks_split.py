@@ -98,6 +98,9 @@ def test_every_form_of_addition_is_measured(name):
             (half, block.b(half)),
             (whole, 0.5 * block.c(whole)),
         ]
+    elif name == "shifted features":
+        half = x + block.a(x)
+        steps = [(x, block.a(x)), (half, call.output - half)]
     else:
         factor = {"scaled skip": 0.7, "alpha": 0.5}.get(name, 1.0)
         output = call.output * (2**0.5 if name == "scaled sum" else 1.0)

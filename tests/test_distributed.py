@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_norms_settings import Residual
 from torch import nn
 
 from conditioning import GradientNorms
 from conditioning.distributed import gather_arrays, is_parallel, sum_over_ranks
 from conditioning.errors import RankMismatchError
-from tests.test_norms_settings import Residual
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"

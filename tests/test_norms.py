@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from architectures import ZOO
+from boundaries import boundaries, run, squares
 from torch import nn
 
 from conditioning import GradientNorms, HessianOperator
 from conditioning.errors import BlockNotSeenWarning
-from tests.architectures import ZOO
-from tests.boundaries import boundaries, run, squares
 
 RTOL = 1e-12
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_norms import NAMES, chain
 from torch import nn
 
 from conditioning import GradientNorms
@@ -16,7 +17,6 @@ from conditioning.errors import (
     NonFiniteGradientWarning,
     TrackerActiveError,
 )
-from tests.test_norms import NAMES, chain
 
 BATCH = torch.ones(5, 4).double()
 

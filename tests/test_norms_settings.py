@@ -8,13 +8,13 @@ import pickle
 
 import pytest
 import torch
+from architectures import MlpBlock
+from boundaries import boundaries
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from conditioning import GradientNorms
 from conditioning.errors import HooksNotFiredError
-from tests.architectures import MlpBlock
-from tests.boundaries import boundaries
 
 WIDTH = 5
 

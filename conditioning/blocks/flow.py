@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from conditioning.blocks.tape import Call, Op, Port, Tape
+from conditioning.blocks.tape import Call, Op, Tape
 
 # How many common origins of two operands to try: a gate and what makes it, then its input. In a
 # recurrent network everything before is a common origin.
@@ -161,10 +161,6 @@ class Flow:
             op = varying[0]
         return scale
 
-    def port_from(self, call: Call, origin: int) -> Port | None:
-        """Return the input of a call that an operation made."""
-        return next((port for port in call.inputs if port.op == origin), None)
-
     def _residual(self, index: int) -> Residual | None:
         total = self.ops[index].total
         assert total is not None
@@ -185,9 +181,7 @@ class Flow:
             else:
                 left = scale is not None
             skip, branch = (left_path, right_path) if left else (right_path, left_path)
-            # A mean that is taken off has another shape.
-            broadcast = self.ops[index].name.startswith("sub") and len(set(total.shapes)) > 1
-            if not (mixing or self.mixes(branch)) or broadcast:
+            if not (mixing or self.mixes(branch)):
                 if parted.whole:
                     return None
                 continue  # a gate that both sides share: the input lies further back

@@ -52,8 +52,12 @@ class Measurement:
     def describe(self, blocks: Iterable[Block], *, only_run: bool = False) -> list[Block]:
         """Return given blocks with their kind, in the order in which they ran."""
         found = []
+        # A bare layer is a transition by what stands around it, not by itself.
+        known = {} if only_run else {block.parts: block for block in self.blocks()}
         for block in blocks:
-            if self._call(block.module) is not None and self._call(block.last) is not None:
+            if block.parts in known:
+                found.append(known[block.parts])
+            elif self._call(block.module) is not None and self._call(block.last) is not None:
                 found.append(self._described(block))
             elif not only_run:
                 note = "did not run on these inputs"
@@ -149,7 +153,7 @@ class Measurement:
         """Modules as blocks, those that follow each other in a chain as one; no activations."""
         groups: list[list[Node]] = []
         for node in nodes:
-            parent = self._tree.nodes[node.name.rpartition(".")[0]]
+            parent = self._tree.parent(node)
             siblings = list(parent.children.values()) if parent.is_chain else []
             last = groups[-1][-1] if groups else None
             if (
@@ -165,7 +169,7 @@ class Measurement:
             changes = shapes is not None and shapes[0].shape != shapes[1].shape
             if not changes and not any(has_weights(node.inner) for node in group):
                 continue
-            parent = self._tree.nodes[group[0].name.rpartition(".")[0]]
+            parent = self._tree.parent(group[0])
             ends = (node.name.rpartition(".")[2] for node in (group[0], group[-1]))
             yield self._tree.run(parent, *ends)
 

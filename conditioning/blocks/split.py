@@ -208,8 +208,8 @@ class _Measuring(Tape):
         self._kept: dict[int, Tensor] = {}
         self.measured: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def _note(self, tensor: Tensor, op: int, *, fresh: bool) -> None:
-        super()._note(tensor, op, fresh=fresh)
+    def _note(self, tensor: Tensor, op: int) -> None:
+        super()._note(tensor, op)
         if op in self._terms:
             # The model may change it in place before it is measured.
             self._kept[op] = tensor.detach().clone()

@@ -77,6 +77,10 @@ class Tree:
         """The node of a module or of its wrapper, if it is part of the model."""
         return self.by_module.get(unwrapped(module))
 
+    def parent(self, node: Node) -> Node:
+        """What holds a module; the model holds itself."""
+        return self.nodes[node.name.rpartition(".")[0]]
+
     def block(self, node: Node, **known: object) -> Block:
         """A block that is one module."""
         return Block(node.name, node.called, node.called, **known)  # type: ignore[arg-type]
@@ -115,7 +119,8 @@ def structural_blocks(tree: Tree) -> list[Block]:
 
 def _repeated(tree: Tree) -> list[Node]:
     """Composite modules whose class is repeated, at the level that is the block."""
-    listed, named = [], []
+    listed: list[Node] = []
+    named: list[Node] = []
     for node in tree.root:
         children = [
             child
@@ -143,7 +148,9 @@ def _repeated(tree: Tree) -> list[Node]:
                 if node in found
                 or (type(node.inner) in classes and node not in inside and node not in holds)
             ]
-    return []
+    # One block in a list: a model of depth one, or a block that is called again and again.
+    single = [node for node in listed if not tree.parent(node).is_chain]
+    return _blocks_among(single, {type(node.inner) for node in single})
 
 
 def _blocks_among(items: list[Node], classes: set[type]) -> list[Node]:
@@ -176,11 +183,14 @@ def _is_stage(node: Node, classes: set[type]) -> bool:
 
 def _with_bare_layers(tree: Tree, units: list[Node]) -> Iterator[Block]:
     """Blocks, and the single layers that stand beside them in a chain and change the width."""
-    for node in tree.root:
+    places = [place for place, node in enumerate(tree.root) if node in units]
+    for place, node in enumerate(tree.root):
         if node in units:
             yield tree.block(node)
             continue
-        parent = tree.nodes[node.name.rpartition(".")[0]]
+        if not places[0] < place < places[-1]:
+            continue  # a stem or a head
+        parent = tree.parent(node)
         if parent.is_chain and node is not parent and any(c in units for c in parent):
             change = width_change(node.inner)
             if change:

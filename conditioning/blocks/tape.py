@@ -148,7 +148,8 @@ class Tape(TorchDispatchMode):
         self.calls: list[Call] = []
         self._stack: list[int] = []
         # A tensor is told by its storage and its place in it, so that views and in-place
-        # changes are seen, and nothing is kept alive. New storages forget what lay there before.
+        # changes are seen, and nothing is kept alive. The latest entry is the one that holds, so
+        # a new storage at the address of an old one is not mistaken for it.
         self._made: dict[int, dict[Any, int]] = {}
         self._written: dict[int, int] = {}
 
@@ -162,7 +163,6 @@ class Tape(TorchDispatchMode):
         in_place = name.endswith("_") and not name.endswith("__")
         name = name.removesuffix("_") if in_place else name
         total = self._sum(name, args, kwargs) if name in _SUMS else None
-        storages = {storage for storage in map(_storage, operands) if storage is not None}
         output = func(*args, **kwargs)
         outputs = _tensors((output,))
         written = _written(func, args, kwargs)
@@ -178,13 +178,13 @@ class Tape(TorchDispatchMode):
                 floating=any(t.dtype.is_floating_point for t in outputs or written),
                 shape=tuple(first.shape),
                 varying=any(self.ops[parent].varying for parent in parents),
-                scale=self._scale(name, args, kwargs, operands),
+                scale=_scale(name, args, kwargs, operands),
                 mixing=_mixes(func.namespace, name),
                 total=total,
             )
         )
         for tensor in outputs:
-            self._note(tensor, op, fresh=_storage(tensor) not in storages)
+            self._note(tensor, op)
         for tensor in written:
             storage = _storage(tensor)
             if storage is not None:
@@ -194,28 +194,21 @@ class Tape(TorchDispatchMode):
     def op_of(self, tensor: Tensor) -> int:
         """Return the operation that made a tensor as it is now, -1 if that was before the tape."""
         storage = _storage(tensor)
-        if storage is None or storage not in self._made:
+        if storage is None:
             return -1
-        made = self._made[storage]
-        known = made.get(_place(tensor))
-        if known is None:
-            known = max(made.values())
-        return max(known, self._written.get(storage, -1))
+        made = self._made.get(storage, {}).get(_place(tensor), -1)
+        return max(made, self._written.get(storage, -1))
 
     def leaf(self, tensor: Tensor) -> int:
         """Take a tensor from outside into the record."""
         self.ops.append(Op("input", (), -1, tensor.dtype.is_floating_point, tuple(tensor.shape)))
-        self._note(tensor, len(self.ops) - 1, fresh=True)
+        self._note(tensor, len(self.ops) - 1)
         return len(self.ops) - 1
 
-    def _note(self, tensor: Tensor, op: int, *, fresh: bool) -> None:
+    def _note(self, tensor: Tensor, op: int) -> None:
         storage = _storage(tensor)
-        if storage is None:
-            return
-        if fresh:
-            self._made[storage] = {}
-            self._written.pop(storage, None)
-        self._made.setdefault(storage, {})[_place(tensor)] = op
+        if storage is not None:
+            self._made.setdefault(storage, {})[_place(tensor)] = op
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Begin a module call."""
@@ -258,33 +251,6 @@ class Tape(TorchDispatchMode):
         scales = float(kwargs.get("beta", 1.0)), float(-alpha if name == "sub" else alpha)
         shape = tuple(right[0].shape) if len(right) == 1 else tuple(left.shape)
         return Sum(ops[0], tuple(o for o in ops[1:] if o >= 0), scales, (tuple(left.shape), shape))
-
-    def _scale(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Tensor]
-    ) -> float | None:
-        """Return the number that an operation multiplies its only varying operand by."""
-        if name in _SAME:
-            return 1.0 if len(operands) == 1 else None
-        if name == "neg":
-            return -1.0
-        if name in ("mul", "div") and len(args) == 2 and not kwargs:
-            factor = self._number(args[1])
-            if factor is None and name == "mul":
-                factor = self._number(args[0])
-            if factor is not None and math.isfinite(factor) and factor != 0:
-                return factor if name == "mul" else 1 / factor
-        if name == "add" and len(operands) == 1 and len(args) == 2 and args[1] == 0:
-            return 1.0  # sum() begins with a zero
-        return None
-
-    def _number(self, value: Any) -> float | None:
-        if isinstance(value, (int, float)):
-            return float(value)
-        # One that was computed from the input is a gate, not a number.
-        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
-            op = self.op_of(value)
-            return float(value) if op < 0 or not self.ops[op].varying else None
-        return None
 
 
 def record_tape(
@@ -372,3 +338,30 @@ def _mixes(namespace: str, name: str) -> bool:
     return namespace not in ("aten", "prim", "prims") or (
         name in _MIXING or name.startswith(_MIXING_STARTS) or "attention" in name
     )
+
+
+def _scale(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Tensor]
+) -> float | None:
+    """Return the number that an operation multiplies its only varying operand by."""
+    if name in _SAME:
+        return 1.0 if len(operands) == 1 else None
+    if name == "neg":
+        return -1.0
+    if name in ("mul", "div") and len(args) == 2 and not kwargs:
+        factor = _number(args[1])
+        if factor is None and name == "mul":
+            factor = _number(args[0])
+        if factor is not None and math.isfinite(factor) and factor != 0:
+            return factor if name == "mul" else 1 / factor
+    if name == "add" and len(operands) == 1 and len(args) == 2 and args[1] == 0:
+        return 1.0  # sum() begins with a zero
+    return None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        return float(value)
+    return None

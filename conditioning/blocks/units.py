@@ -30,7 +30,7 @@ class Unit:
     kind : {"identity", "transition"}
     note : str
     lone : bool
-        Whether layers before or after the additions make it doubtful that this is a block.
+        Whether layers before, between or after the additions make it doubtful that this is a block.
     """
 
     call: Call
@@ -80,7 +80,7 @@ class Units:
         if self._is_loop(own):
             return inner
         unit = self._unit(call, own, parts)
-        if unit is None or self._holds_a_chain(rest, own):
+        if unit is None or self._holds_a_chain(rest):
             return inner
         if unit.lone and any(not other.lone for other in inner):
             return inner
@@ -91,9 +91,12 @@ class Units:
         return self._outer(self._additions.get(call.index, []))
 
     def _outer(self, residuals: Iterable[Residual]) -> list[Residual]:
-        """Drop additions within a branch or skip of another one."""
-        residuals = list(residuals)
-        return [r for r in residuals if not any(r.op in other.path for other in residuals)]
+        """Drop additions within a branch or skip of another one that is kept."""
+        kept: list[Residual] = []
+        for residual in sorted(residuals, key=lambda r: -r.op):
+            if not any(residual.op in other.path for other in kept):
+                kept.append(residual)
+        return kept[::-1]
 
     def _is_part(self, call: Call, unit: Unit, own: list[Residual]) -> bool:
         """Whether a unit is a step of the same stream, held as an attribute: half a layer."""
@@ -102,12 +105,8 @@ class Units:
 
     def _listed(self, outer: Call, inner: Call) -> bool:
         """Whether a module is held by another one as the item of a container."""
-        top, node = self.tree.of(outer.module), self.tree.of(inner.module)
-        while node is not None and node is not top and node.name:
-            node = self.tree.nodes[node.name.rpartition(".")[0]]
-            if node.is_container:
-                return True
-        return False
+        above = self._above(self.tree.of(inner.module), self.tree.of(outer.module))
+        return any(node.is_container for node in above)
 
     def _is_loop(self, own: list[Residual]) -> bool:
         """Whether the additions are made in a loop over branches that a container holds."""
@@ -122,22 +121,23 @@ class Units:
     def branches(self, residual: Residual) -> set[tuple[object, ...]]:
         """Keys of the layers on a branch that are alike whenever a loop made the additions."""
         keys: set[tuple[object, ...]] = set()
+        outer = self.tree.of(self.flow.calls[residual.call].module)
         for call in self.branch_calls(residual):
-            node, outer = (
-                self.tree.of(call.module),
-                self.tree.of(self.flow.calls[residual.call].module),
-            )
+            node = self.tree.of(call.module)
             if node is None:
                 continue
             keys.add((node,))
-            up: Node | None = node
-            while up is not None and up is not outer and up.name:
-                up = self.tree.nodes[up.name.rpartition(".")[0]]
-                if up is outer:
-                    break
-                if up.is_container:
-                    keys.add((up, type(node.inner)))
+            keys |= {(up, type(node.inner)) for up in self._above(node, outer) if up.is_container}
         return keys
+
+    def _above(self, node: Node | None, top: Node | None) -> list[Node]:
+        """What holds a module, up to another one and without it."""
+        found = []
+        while node is not None and node is not top and node.name:
+            node = self.tree.parent(node)
+            if node is not top:
+                found.append(node)
+        return found
 
     def branch_calls(self, residual: Residual) -> list[Call]:
         """Outermost calls on the way of an addition that mix features."""
@@ -178,7 +178,7 @@ class Units:
             gap = flow.back(residual.fork, ops | set(entries), since=call.start)
             gaps |= bool(gap.stops & ops) and flow.mixes(gap.met)
         kind, note = self._judge(residuals, source, target, way.met, (before, after or gaps))
-        return Unit(call, source, target, tuple(residuals), kind, note, before or after)
+        return Unit(call, source, target, tuple(residuals), kind, note, before or after or gaps)
 
     def _judge(
         self,
@@ -191,7 +191,7 @@ class Units:
         notes = []
         through = list(dict.fromkeys(name for r in residuals for name in r.through))
         changed = source.shape != target.shape
-        if through:
+        if not all(r.identity for r in residuals):
             notes.append(f"skip through {_enumerated(through)}")
         if layers[0]:
             notes.append("a layer before the skip begins")
@@ -210,23 +210,17 @@ class Units:
             notes.append(f"{len(residuals)} additions")
         return kind, "; ".join(notes)
 
-    def _holds_a_chain(self, inner: list[Unit], own: list[Residual]) -> bool:
-        """Whether the smaller units inside are the blocks: several in a row, or steps of a list."""
+    def _holds_a_chain(self, inner: list[Unit]) -> bool:
+        """Whether the smaller units inside are the blocks: several in a row."""
         steps = [unit for unit in inner if unit.kind == "identity" and not unit.lone]
         for one, other in pairwise(steps):
             way = self.flow.between(one.target.op, other.source.op)
             if way is not None and not self.flow.mixes(way):
                 return True
-        return any(not any(r.op in o.path for r in u.residuals for o in own) for u in steps)
+        return False
 
     def _plausible(self, units: list[Unit]) -> list[Unit]:
         """Drop what only sums two branches somewhere, rather than being one of the blocks."""
-        classes = Counter(type(node.inner) for node in self.tree.root)
-        units = [
-            unit
-            for unit in units
-            if not unit.lone or (classes[type(unit.call.module)] > 1 and unit.call.parent >= 0)
-        ]
         sure = {type(unit.call.module) for unit in units if unit.kind == "identity"}
         if not sure:
             return units if len({unit.call.module for unit in units}) > 1 else []
@@ -242,16 +236,18 @@ class Units:
         return kept
 
     def _loose(self) -> list[Residual]:
-        """Additions of calls that are no units, made there and not in a module further in."""
+        """Several additions of one call that is no unit, made there and not further in."""
         inside = {unit.call.index for unit in self.chosen}
-        loose = [
-            residual
-            for call, residuals in sorted(self._additions.items())
-            if not inside & set(self.flow.chain(call))
-            for residual in self._outer(residuals)
-            if residual.identity and self.flow.ops[residual.op].call == call
-        ]
-        return loose if len(loose) > 1 else []
+        loose: list[Residual] = []
+        for call, residuals in sorted(self._additions.items()):
+            made_here = [
+                residual
+                for residual in self._outer(residuals)
+                if residual.identity and self.flow.ops[residual.op].call == call
+            ]
+            if len(made_here) > 1 and not inside & set(self.flow.chain(call)):
+                loose.extend(made_here)
+        return loose
 
 
 def _enumerated(names: Iterable[str], limit: int = 4) -> str:
