@@ -1,6 +1,6 @@
 """Measure the conditioning of neural networks, each number with its error."""
 
-from conditioning.blocks import block_jacobians, find_blocks, split_blocks
+from conditioning.blocks import block_jacobians, find_blocks, select_blocks, split_blocks
 from conditioning.krylov import lanczos, power_iteration
 from conditioning.norms import GradientNorms
 from conditioning.operators import (
@@ -51,6 +51,7 @@ __all__ = [
     "index",
     "lanczos",
     "power_iteration",
+    "select_blocks",
     "singular_range",
     "spectral_density",
     "split_blocks",
