@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,16 @@ def is_parallel(model: nn.Module) -> bool:
     )
 
 
+def inside_ddp() -> bool:
+    """Whether this is called inside the forward pass of a ``DistributedDataParallel``."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.nn.parallel import DistributedDataParallel
+
+    active = getattr(DistributedDataParallel, "_get_active_ddp_module", None)
+    return active is not None and active() is not None
+
+
 def group_size(group: Any) -> int:
     """The number of ranks of a group."""
     return dist.get_world_size(group)
@@ -37,23 +49,34 @@ def _device(group: Any) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
-def sum_over_ranks(values: NDArray[np.float64], group: Any) -> NDArray[np.float64]:
+def sum_over_ranks(
+    values: NDArray[np.float64], group: Any, layout: Sequence[Any] = ()
+) -> NDArray[np.float64]:
     """Add up a vector over the ranks of a group; every rank gets the sum.
+
+    Parameters
+    ----------
+    values : ndarray
+    group : ProcessGroup
+    layout : sequence, optional
+        What the entries mean; it has to be the same on all ranks.
 
     Raises
     ------
     RankMismatchError
-        If the ranks hold vectors of different length. Raised on every rank, so that none waits.
+        If the ranks hold vectors of different length or layout. Raised on every rank, so that
+        none waits.
     """
     device = _device(group)
-    sizes = torch.tensor([len(values), -len(values)], device=device)
-    dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=group)
-    largest, smallest = int(sizes[0]), -int(sizes[1])
-    if largest != smallest:
+    text = repr((len(values), *layout)).encode()
+    digest = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+    ends = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
+    if int(ends[0]) != -int(ends[1]):
         msg = (
-            f"The ranks recorded different numbers of readings ({smallest} ... {largest}): they "
-            f"must run the same blocks equally often in a step, and sample the same steps. Give "
-            f"process_group=None to measure each rank on its own."
+            "The ranks did not record the same calls of the same blocks in this step: each must "
+            "run the same blocks equally often, and sample the same steps. Give process_group=None "
+            "to measure each rank on its own."
         )
         raise RankMismatchError(msg)
     total = torch.from_numpy(values.copy()).to(device)

@@ -195,7 +195,9 @@ def plot_ratios(
     marker = "o" if len(depth) <= 40 else None
     for color, row in zip(colors, shown.astype(int), strict=True):
         values = frame.iloc[row].to_numpy(dtype=float)
-        positive = np.where(values > 0, values, np.nan)
+        positive = np.where((values > 0) & np.isfinite(values), values, np.nan)
+        if np.isnan(positive).all() and not (values == 0).any():
+            continue  # nothing to be seen of this step
         ax.plot(depth, positive, color=color, marker=marker, markersize=3, linewidth=1.2,
                 label=f"step {frame.index[row]}")  # fmt: skip
     ax.axhline(1, color="0.35", linewidth=0.8, zorder=0)
@@ -204,6 +206,12 @@ def plot_ratios(
     _mark_columns(ax, frame, transitions)
     ax.set_yscale("log")
     _decades_or_plain(ax)
+    zero = [place for place, column in zip(depth, frame.to_numpy()[shown.astype(int)].T,
+                                           strict=True) if (column == 0).any()]  # fmt: skip
+    if zero:
+        ax.plot(zero, [0.0] * len(zero), linestyle="none", marker="v", color="0.1", markersize=7,
+                clip_on=False, transform=ax.get_xaxis_transform(), label="0 in some step",
+                zorder=5)  # fmt: skip
     _name_columns(ax, frame, "block, from input to output")
     ax.set_ylabel("gradient norm at input / at output")
     ax.set_title("Norm preservation: 1 is ideal")
@@ -263,17 +271,20 @@ def plot_ratio_heatmap(
     """
     ax = _axes(ax)
     values = frame.to_numpy(dtype=float)
-    logs = np.log(np.where(values > 0, values, np.nan))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(values)
     finite = np.abs(logs[np.isfinite(logs)])
     reach = max(finite.max() if finite.size else 0.0, 1e-3)
     if bound is not None:
         reach = max(abs(np.log(end)) for end in bound if end > 0)
     edges = np.arange(frame.shape[1] + 1) + 0.5
     mesh = ax.pcolormesh(
-        edges, np.arange(len(frame) + 1), np.ma.masked_invalid(np.exp(logs)), cmap="vlag",
+        edges, np.arange(len(frame) + 1),
+        # A dead block is the bluest of all; only what has no ratio is left out.
+        np.exp(np.ma.masked_invalid(np.clip(logs, -reach, reach))), cmap="vlag",
         norm=mpl.colors.LogNorm(np.exp(-reach), np.exp(reach)), rasterized=True,
     )  # fmt: skip
-    ax.set_facecolor("0.75")  # what is missing or not finite shows through
+    ax.set_facecolor("0.75")  # what is missing shows through
     for place, name in enumerate(frame.columns, 1):
         if name in set(transitions):
             ax.plot(place, 1.0, marker="v", color="0.2", markersize=5, clip_on=False,
@@ -285,7 +296,10 @@ def plot_ratio_heatmap(
     ticks = np.exp(np.linspace(-reach, reach, 5))
     bar.set_ticks(ticks.tolist(), labels=[f"{tick:.3g}" for tick in ticks])
     bar.ax.minorticks_off()
-    legend = " (▼ transition)" if len(transitions) else ""
+    notes = ["▼ transition"] if len(transitions) else []
+    notes += ["grey: no ratio"] if np.isnan(values).any() else []
+    notes += ["darkest blue: 0"] if (values == 0).any() else []
+    legend = f" ({', '.join(notes)})" if notes else ""
     _name_columns(ax, frame, f"block, from input to output{legend}")
     ax.set_ylabel("step")
     ax.set_title("Norm preservation: white is ideal")

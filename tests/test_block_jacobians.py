@@ -206,6 +206,70 @@ def test_the_stream_is_the_first_tensor_that_the_output_depends_on():
     assert float(branch) in found[0].branch
 
 
+class Gated(nn.Module):
+    """A stream that is not the first tensor, in or out; both inputs have one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, mask: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return mask * 3, hidden + mask * torch.tanh(self.linear(hidden))
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_the_stream_is_where_the_skip_was_seen(by_keyword):
+    parts = [Gated(), Gated()]
+
+    mask = torch.randn(2, 6).double()
+
+    def run(given: tuple[Tensor, Tensor]) -> Tensor:
+        mask, x = given
+        for part in parts:
+            x = (part(mask=mask, hidden=x) if by_keyword else part(mask, x))[1]
+        return x
+
+    model, x = Apply(run, *parts).double(), torch.randn(2, 6).double()
+    blocks = find_blocks(model, ((mask, x),))
+    assert [(b.kind, b.input_index, b.output_index) for b in blocks] == [("identity", 1, 1)] * 2
+    found = block_jacobians(model, ((mask, x),), blocks)
+    for part, block in zip(parts, found, strict=True):
+        matrix = torch.autograd.functional.jacobian(
+            lambda hidden, part=part: part(mask, hidden)[1], x
+        ).reshape(12, 12)
+        assert float(torch.linalg.matrix_norm(matrix, 2)) in block.largest
+        assert float(torch.linalg.matrix_norm(matrix - torch.eye(12).double(), 2)) in block.branch
+        x = part(mask, x)[1].detach()
+
+
+def test_without_a_measurement_a_tensor_of_the_outputs_shape_is_the_stream():
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.time, self.linear = nn.Linear(2, 6), nn.Linear(6, 6)
+
+        def forward(self, time: Tensor, x: Tensor) -> Tensor:
+            return x + torch.tanh(self.linear(x) + self.time(time))
+
+    model, inputs = Timed().double(), (torch.randn(3, 2).double(), torch.randn(3, 6).double())
+    matrix = torch.autograd.functional.jacobian(lambda x: model(inputs[0], x), inputs[1])
+    largest = torch.linalg.matrix_norm(matrix.reshape(18, 18), 2)
+    for blocks in (find_blocks(model), find_blocks(model, inputs)):
+        (found,) = block_jacobians(model, inputs, blocks[:1] if blocks.names == ("",) else "")
+        assert found.shape == (18, 18)
+        assert float(largest) in found.largest
+
+
+def test_a_tensor_that_is_passed_several_times_is_differentiated_in_all_places():
+    attention = nn.MultiheadAttention(4, 2, batch_first=True).double().eval()
+    model = Apply(lambda x: attention(x, x, value=x)[0], attention)
+    x = torch.randn(2, 3, 4).double()
+    (found,) = block_jacobians(model, x, attention)
+    matrix = torch.autograd.functional.jacobian(model, x).reshape(24, 24)
+    assert found.shape == (24, 24)
+    assert float(torch.linalg.matrix_norm(matrix, 2)) in found.largest
+
+
 def test_a_shared_block_has_one_entry_for_each_call():
     shared = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     model = Apply(lambda x: shared(shared(x)), shared).double()

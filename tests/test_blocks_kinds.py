@@ -10,7 +10,8 @@ from architectures import ZOO, MlpBlock, PreActBlock
 from architectures_unusual import BLOCKS, UNUSUAL, chain
 from torch import Tensor, nn
 
-from conditioning.blocks import Blocks, find_blocks, record_calls
+from conditioning.blocks import Blocks, find_blocks, record_calls, split_blocks
+from conditioning.blocks.tape import record_tape
 from conditioning.errors import BlockSelectionError
 
 I, T, P = "identity", "transition", "plain"  # noqa: E741
@@ -415,3 +416,83 @@ def test_parts_that_do_not_run_are_no_blocks():
 
     assert find_blocks(Model(), torch.randn(2, 4, 4, 4)).names == ("used.0", "used.1")
     assert find_blocks(Model()).names == ("used.0", "used.1", "unused.0")
+
+
+class WithoutASkip(nn.Module):
+    """Adds a tensor that no operation made, in the place of one that is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        gone = (x * 2.0).sum()
+        del gone
+        return y + torch.tensor([[1.0] * 8] * 5)
+
+
+def test_a_new_tensor_is_not_taken_for_one_that_was_at_its_address():
+    for _ in range(20):
+        model = nn.Sequential(*[WithoutASkip() for _ in range(4)])
+        assert {block.kind for block in find_blocks(model, torch.randn(5, 8))} == {"plain"}
+
+
+def test_a_record_holds_no_storage_when_it_is_done():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    tape = record_tape(model, torch.randn(2, 3), list(model))
+    assert tape.ops
+    assert not tape._held
+    # While it records, data goes as it would without: only the address is held.
+    with tape:
+        tensor = torch.randn(1000) * 2
+        held = tape._held[tensor.untyped_storage()._cdata]
+        del tensor
+        assert held.expired()
+
+
+def experts(target):
+    def forward(self, x: Tensor) -> Tensor:
+        y = target(x)
+        for places, layer in ((torch.tensor([0, 2]), self.a), (torch.tensor([1, 2]), self.b)):
+            y.index_add_(0, places, layer(x[places]))
+        return y
+
+    return forward
+
+
+SUMS = {
+    "lerp": (lambda self, x: torch.lerp(x, self.a(x), 0.3), I, "skip times 0.7"),
+    "lerp to the skip": (lambda self, x: self.a(x).lerp(x, 0.25), I, "skip times 0.25"),
+    "lerp to the end": (lambda self, x: torch.lerp(x, self.a(x), 1.0), P, ""),
+    "experts": (experts(torch.clone), I, ""),
+    "experts without a skip": (experts(torch.zeros_like), P, ""),
+    "a permuted skip": (lambda self, x: self.a(x).index_add(0, torch.tensor([2, 1, 0]), x), P, ""),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_weighted_and_scattered_sums_are_seen_and_measured(name):
+    forward, kind, note = SUMS[name]
+
+    class Summing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self, x)
+
+    model = nn.Sequential(*[Summing() for _ in range(3)]).double()
+    x = torch.randn(3, 4).double()
+    blocks = find_blocks(model, x)
+    assert {block.kind for block in blocks} == {kind}
+    if kind == P:
+        return
+    assert note in blocks[0].note
+    scale = float(note.rpartition(" ")[2]) if note else 1.0
+    split = list(split_blocks(model, x, blocks[:1]))[-1]
+    with torch.no_grad():
+        branch = model[0](x) - scale * x
+    assert split.skip == pytest.approx(scale * float(x.norm()))
+    assert split.branch == pytest.approx(float(branch.norm()))

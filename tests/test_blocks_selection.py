@@ -246,3 +246,18 @@ def test_a_named_layer_has_the_kind_that_it_has_among_all():
 def test_stem_and_head_of_a_chain_are_no_transitions():
     layers = [nn.Linear(3, 5), *(MlpBlock(5) for _ in range(3)), nn.Linear(5, 2)]
     assert find_blocks(nn.Sequential(*layers)).names == ("1", "2", "3")
+
+
+def test_a_module_of_its_own_class_between_units_is_a_block_too():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(5, 5)
+
+        def forward(self, x):
+            return 1e-3 * self.linear(x)
+
+    layers = [nn.Linear(3, 5), MlpBlock(5), MlpBlock(5), Other(), MlpBlock(5), nn.Linear(5, 2)]
+    model = nn.Sequential(*layers)
+    assert find_blocks(model).names == ("1", "2", "3", "4")
+    assert find_blocks(model, torch.randn(2, 3)).names == ("1", "2", "3", "4")

@@ -145,6 +145,38 @@ def _mismatch(rank):
     norms.detach()
 
 
+class _Dropping(Residual):
+    """Leaves out one block, a different one on each rank."""
+
+    def forward(self, x):
+        x = self.embed(x)
+        for index, block in enumerate(self.blocks):
+            x = x if index == 1 + dist.get_rank() else block(x)
+        return x
+
+
+def _routes(rank):
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(0)
+    model = DistributedDataParallel(_Dropping().double(), find_unused_parameters=True)
+    norms = GradientNorms(model, "blocks.*").attach()
+    model(_batches().chunk(RANKS)[rank]).square().mean().backward()
+    with pytest.raises(RankMismatchError, match="same blocks"):
+        norms.step()
+    norms.detach()
+
+
+def _inner_module(rank):
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = DistributedDataParallel(_model())
+    with GradientNorms(model.module, "blocks.*") as norms:
+        model(_batches().chunk(RANKS)[rank]).square().mean().backward()
+        norms.step()
+    _compare(norms, _whole())
+
+
 def _sums(rank):
     values = np.arange(3.0) + rank
     np.testing.assert_array_equal(sum_over_ranks(values, None), 2 * np.arange(3.0) + 1)
@@ -163,6 +195,8 @@ CHECKS = {
     "fully_sharded": _fsdp,
     "each_rank_alone": _local,
     "ranks_that_differ_are_told": _mismatch,
+    "ranks_that_take_other_routes_are_told": _routes,
+    "the_module_inside_ddp": _inner_module,
     "sums_and_gathers": _sums,
     "nothing_hangs_afterwards": _ranks_are_alive,
 }

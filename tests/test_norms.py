@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 
 import numpy as np
@@ -337,7 +338,7 @@ class TestNesting:
             one_step(model, inputs, norms)
         assert_agrees(norms, expected)
 
-    def test_products_run_over_blocks_of_one_level(self):
+    def test_products_end_at_the_last_block_of_a_level(self):
         torch.manual_seed(0)
         model, inputs = ZOO["nested_stages"]()
         with GradientNorms(model, ["body.0", "body.0.1", "body.0.0", "body.1"]) as norms:
@@ -454,6 +455,272 @@ class TestQuantities:
         model[0].requires_grad_(False)
         with GradientNorms(model, NAMES) as norms:
             model(torch.randn(5, 4).double()).sum().backward()
-            with pytest.warns(BlockNotSeenWarning, match=r"through 0\. They ran without gradients"):
+            with pytest.warns(BlockNotSeenWarning, match="through 0: ran without gradients"):
                 norms.step()
         assert list(norms.ratios().columns) == ["1", "2"]
+
+
+class TestGraphs:
+    """Graphs that are not a plain chain under one backward pass."""
+
+    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+    @pytest.mark.parametrize("outer", [True, False])
+    @pytest.mark.parametrize("inner", [True, False])
+    def test_checkpoints_inside_checkpoints(self, outer, inner):
+        from torch.utils.checkpoint import checkpoint
+
+        class Nested(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed = nn.Linear(4, 4)
+                self.body = chain(6)
+                self.checkpointed = True
+
+            def forward(self, x):
+                x = self.embed(x)
+                for begin in (0, 3):
+
+                    def segment(y, begin=begin):
+                        for block in self.body[begin : begin + 3]:
+                            y = (
+                                checkpoint(block, y, use_reentrant=inner)
+                                if self.checkpointed
+                                else block(y)
+                            )
+                        return y
+
+                    x = (
+                        checkpoint(segment, x, use_reentrant=outer)
+                        if self.checkpointed
+                        else segment(x)
+                    )
+                return x
+
+        torch.manual_seed(0)
+        model = Nested().double()
+        batch = torch.randn(5, 4).double()
+        with GradientNorms(model, "body.*") as norms:
+            model(batch).square().sum().backward()
+            norms.step()
+        model.checkpointed = False
+        truth = boundaries(model, batch, norms.blocks, lambda y: y.square().sum())
+        assert_agrees(norms, truth)
+        first, last = norms.points()[0].values, norms.points()[-1].values
+        assert first["product"] == pytest.approx(first["grad_in"] / last["grad_out"])
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_views_that_are_changed_in_place_later(self, layout):
+        class Permuting(nn.Module):
+            """Ends in a view of what it computed."""
+
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(3, 3)
+
+            def forward(self, x):
+                out = self.linear(x.permute(0, 2, 3, 1)).contiguous(memory_format=layout)
+                return out.permute(0, 3, 1, 2)
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.blocks = nn.ModuleList(Permuting() for _ in range(3))
+
+            def forward(self, x):
+                for block in self.blocks:
+                    x = nn.functional.leaky_relu(block(x), 0.3, inplace=True)
+                return x
+
+        torch.manual_seed(0)
+        model = Net().double()
+        batch = torch.randn(2, 3, 4, 4).double().requires_grad_()
+        norms = GradientNorms(model, "blocks.*")
+        with norms:
+            model(batch).square().sum().backward()
+            norms.step()
+        truth = boundaries(model, batch, norms.blocks, lambda y: y.square().sum())
+        assert_agrees(norms, truth)
+
+    def test_losses_that_leave_at_several_depths(self):
+        model = chain(4)
+        batch = torch.randn(5, 4).double().requires_grad_()
+        with GradientNorms(model, ["0", "1", "2", "3"]) as norms:
+            early = model[1](model[0](batch))
+            late = model[3](model[2](early))
+            early.sum().backward(retain_graph=True)
+            late.square().sum().backward()
+            norms.step()
+        values = {p.name: p.values for p in norms.points()}
+        assert list(values) == ["0", "1", "0@1", "1@1", "2@1", "3@1"]
+        whole = values["0"]["ratio"] * values["1"]["ratio"]
+        assert values["0"]["product"] == pytest.approx(whole)
+        chained = math.prod(values[f"{i}@1"]["ratio"] for i in range(4))
+        assert values["0@1"]["product"] == pytest.approx(chained)
+        frame = norms.to_frame()
+        products = frame[(frame.quantity == "product") & (frame.block == "0")].value.tolist()
+        assert products == pytest.approx([whole, chained])
+
+    def test_parts_that_are_called_without_the_model(self):
+        class Parts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        torch.manual_seed(0)
+        model = Parts().double()
+        with GradientNorms(model, ["encoder", "decoder"]) as norms:
+            for _ in range(3):
+                model.decoder(model.encoder(torch.randn(5, 4).double())).sum().backward()
+            norms.step()
+        assert [p.name for p in norms.points()] == ["encoder", "decoder"]
+
+    def test_a_teacher_without_gradients_keeps_its_activations_to_itself(self):
+        from torch.utils.checkpoint import checkpoint
+
+        class Student(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = chain()
+                self.checkpointed = True
+
+            def encode(self, x):
+                if self.checkpointed and torch.is_grad_enabled():
+                    return checkpoint(self.body, x, use_reentrant=True)
+                return self.body(x)
+
+            def forward(self, one, two):
+                with torch.no_grad():
+                    target = self.encode(one)
+                return (self.encode(two) - target).square().sum()
+
+        torch.manual_seed(0)
+        model = Student()
+        one, two = 50 * torch.randn(5, 4).double(), torch.randn(5, 4).double().requires_grad_()
+        with GradientNorms(model, ["body.0", "body.1"]) as norms:
+            model(one, two).backward()
+            norms.step()
+        assert norms.points()[0].values["act_in"] == pytest.approx(float(two.detach().norm()))
+
+    def test_recurrent_cells_are_followed_along_their_state(self):
+        class Cells(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed, self.cell = nn.Linear(3, 3), nn.GRUCell(3, 4)
+
+            def forward(self, x):
+                states = [torch.zeros(5, 4).double()]
+                for t in range(x.shape[1]):
+                    states.append(self.cell(self.embed(x[:, t]), states[-1]))
+                return states
+
+        torch.manual_seed(0)
+        model = Cells().double()
+        with GradientNorms(model, "cell") as norms:
+            states = model(torch.randn(5, 6, 3).double())
+            loss = states[-1].square().sum()
+            truth = torch.autograd.grad(loss, states[1:], retain_graph=True)
+            loss.backward()
+            norms.step()
+        expected = [float(g.norm()) for g in truth]
+        points = norms.points()
+        # The backward pass for the truth comes first; both are the same.
+        ratios = [p.values["ratio"] for p in points if p.backward == 1]
+        steps = [one / two for one, two in itertools.pairwise(expected)]
+        assert ratios[1:] == pytest.approx(steps)
+
+    def test_a_block_that_calls_itself(self):
+        class Tree(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(4, 4)
+
+            def forward(self, x, depth=2):
+                x = torch.tanh(self.linear(x))
+                return self(x, depth - 1) if depth else x
+
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), Tree()).double()
+        with GradientNorms(model, ["1"]) as norms:
+            model(torch.randn(5, 4).double()).sum().backward()
+            norms.step()
+        assert [p.name for p in norms.points()] == ["1", "1#1", "1#2"]
+        outer, inner = norms.points()[0].values, norms.points()[2].values
+        assert outer["grad_out"] == pytest.approx(inner["grad_out"])
+
+    def test_batched_gradients_are_left_alone(self):
+        model = chain()
+        batch = torch.randn(5, 4).double()
+        with GradientNorms(model, NAMES) as norms:
+            out = model(batch)
+            vectors = torch.eye(20).double().reshape(20, 5, 4)
+            torch.autograd.grad(
+                out, model[0][0].weight, vectors, is_grads_batched=True, retain_graph=True
+            )
+            out.sum().backward()
+            norms.step()
+        assert norms.to_frame().call.unique().tolist() == [0]
+
+    def test_jagged_tensors(self):
+        class Jagged(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.blocks = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+            def forward(self, x):
+                return self.blocks(x)
+
+        torch.manual_seed(0)
+        model = Jagged().double()
+        parts = [torch.randn(n, 4).double() for n in (2, 3)]
+        flat = torch.cat(parts)
+        with GradientNorms(model, "blocks.2") as norms:
+            nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+            model(nested).values().square().sum().backward()
+            norms.step()
+            model(flat).square().sum().backward()
+            norms.step()
+        assert norms.points(0)[0].values == pytest.approx(norms.points(1)[0].values)
+
+
+class TestOptimizers:
+    def test_one_that_moves_no_tracked_block_ends_nothing(self):
+        model = nn.ModuleDict({"critic": chain(), "generator": chain()})
+        critic = torch.optim.SGD(model["critic"].parameters(), lr=0.0)
+        generator = torch.optim.SGD(model["generator"].parameters(), lr=0.0)
+        noise = torch.randn(5, 4).double()
+        with GradientNorms(model, ["generator.0", "generator.1"]) as norms:
+            for _ in range(2):
+                for _ in range(3):
+                    with torch.no_grad():
+                        fake = model["generator"](noise)
+                    model["critic"](fake).sum().backward()
+                    critic.step()
+                model["critic"](model["generator"](noise)).sum().backward()
+                generator.step()
+        assert norms.num_steps == 2
+        assert norms.to_frame().call.unique().tolist() == [0]
+
+    def test_the_head_of_a_frozen_backbone_ends_the_step(self):
+        model = chain()
+        model[:2].requires_grad_(False)
+        optimizer = torch.optim.SGD(model[2].parameters(), lr=0.0)
+        batch = torch.randn(5, 4).double().requires_grad_()
+        with GradientNorms(model, ["0", "1"]) as norms:
+            for _ in range(2):
+                model(batch).sum().backward()
+                optimizer.step()
+        assert norms.num_steps == 2
+
+    def test_layers_that_are_unfrozen_later(self):
+        model = chain()
+        optimizer = torch.optim.SGD(model[2].parameters(), lr=0.0)
+        batch = torch.randn(5, 4).double().requires_grad_()
+        with GradientNorms(model, ["0", "1"]) as norms:
+            model(batch).sum().backward()
+            optimizer.step()
+            assert norms.num_steps == 0
+            norms.step()
+            optimizer.add_param_group({"params": model[0].parameters()})
+            model(batch).sum().backward()
+            optimizer.step()
+        assert norms.num_steps == 2

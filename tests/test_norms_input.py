@@ -91,7 +91,8 @@ class TestNothingRecorded:
 
     def test_reading_before_anything_was_recorded(self):
         norms = GradientNorms(chain(), NAMES)
-        for ask in (norms.scalars, norms.points, norms.plot, lambda: norms.verdict(0.1)):
+        assert norms.scalars() == {}
+        for ask in (norms.points, norms.plot, lambda: norms.verdict(0.1)):
             with pytest.raises(NoBackwardError, match="Nothing was recorded"):
                 ask()
         assert norms.to_frame().empty
@@ -108,13 +109,55 @@ class TestNothingRecorded:
         used = model[:3]
         with GradientNorms(model, [*NAMES, "extra"]) as norms:
             used(BATCH).sum().backward()
-            with pytest.warns(BlockNotSeenWarning, match="extra. They did not run"):
+            with pytest.warns(BlockNotSeenWarning, match="extra: did not run"):
                 norms.step()
             used(BATCH).sum().backward()
             norms.step()
 
+    def test_a_block_that_returns_no_tensor(self):
+        class Opaque(nn.Module):
+            def forward(self, x):
+                return object()
+
+        model = chain()
+        model.extra = Opaque()
+        with GradientNorms(model, [*NAMES, "extra"]) as norms:
+            model.extra(BATCH)
+            model[:3](BATCH).sum().backward()
+            with pytest.warns(BlockNotSeenWarning, match=r"extra: returned no tensor.*object"):
+                norms.step()
+
+    def test_passes_without_an_optimizer_are_told_while_they_run(self):
+        model = chain(1, 2)
+        norms = GradientNorms(model, "0", activations=False).attach()
+        try:
+            for _ in range(999):
+                model(torch.ones(1, 2).double()).sum().backward()
+            with pytest.warns(BlockNotSeenWarning, match=r"norms\.step\(\)"):
+                model(torch.ones(1, 2).double()).sum().backward()
+        finally:
+            norms.detach()
+
+    def test_a_loop_of_its_own_without_steps(self):
+        model = chain()
+        norms = GradientNorms(model, NAMES).attach()
+        for _ in range(3):
+            model(BATCH).sum().backward()
+        with pytest.warns(BlockNotSeenWarning, match="3 forward passes were counted as one"):
+            norms.__exit__(None)
+        assert norms.num_steps == 1
+
 
 class TestUse:
+    @pytest.mark.parametrize("model", [torch.nn.functional.relu, [], None])
+    def test_what_is_no_model(self, model):
+        with pytest.raises(InvalidArgumentError, match=r"nn\.Module"):
+            GradientNorms(model)
+
+    def test_a_batch_in_the_place_of_blocks(self):
+        with pytest.raises(InvalidArgumentError, match="inputs="):
+            GradientNorms(chain(), BATCH)
+
     def test_a_tracker_runs_once_at_a_time(self):
         model = chain()
         with GradientNorms(model, NAMES) as norms:
@@ -234,6 +277,23 @@ class TestNonFinite:
         with GradientNorms(model, ["0", "1", "1.2", "2"]) as norms:
             model(BATCH).sum().backward()
             with pytest.warns(NonFiniteGradientWarning, match="block '1.2'"):
+                norms.step()
+
+    def test_the_first_of_two_towers_is_named(self):
+        class Towers(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.b, self.c = chain(1), nn.Sequential(chain(1), chain(1))
+
+            def forward(self, x):
+                return self.b(x) * float("inf") + self.c(x)
+
+        model = Towers()
+        model.b.append(Breaks("forward"))
+        model.c[1].append(Breaks("forward"))
+        with GradientNorms(model, ["b", "c", "c.1"]) as norms:
+            model(BATCH).sum().backward()
+            with pytest.warns(NonFiniteGradientWarning, match="block 'b', on its forward"):
                 norms.step()
 
     def test_a_loss_that_is_not_finite(self):

@@ -35,13 +35,21 @@ class Block:
         ``identity``: the input is added to what a branch makes of it, also where an activation or
         a normalisation follows. ``transition``: the shape changes, or the skip goes through a
         layer, or a bare layer stands between residual blocks and changes the shape. ``plain``:
-        no skip. ``unknown``: nothing was run.
+        no skip was seen; one that is added otherwise than by an operation that adds two tensors,
+        such as ``torch.stack([x, f(x)]).sum(0)``, is not. ``unknown``: nothing was run.
     note : str
         What was seen, in a few words.
     parts : tuple of nn.Module
         What runs, in order: ``(module,)``, or all children of a run.
     input_shape, output_shape : tuple of int or None
         Of the first call, with its batch axis; ``None`` where nothing was run.
+    input_index, output_index : int or None
+        Which tensor the residual stream is where it comes in and where it leaves: its position,
+        from 0, among the floating-point and complex tensors of ``(args, kwargs)``, and among those
+        of what is returned, in the order in which they are passed; containers are gone through
+        from the left, and a tensor that is passed twice counts twice. For ``forward(mask, h)``
+        that adds to ``h`` the first is 1. ``None`` where it was not seen: nothing was run, or there
+        is no skip and more than one such tensor.
     """
 
     name: str
@@ -52,6 +60,8 @@ class Block:
     parts: tuple[nn.Module, ...] = field(default=(), repr=False)
     input_shape: Shape | None = None
     output_shape: Shape | None = None
+    input_index: int | None = None
+    output_index: int | None = None
 
     def __post_init__(self) -> None:
         if not self.parts:

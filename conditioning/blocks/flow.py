@@ -13,6 +13,8 @@ from conditioning.blocks.tape import Call, Op, Tape
 # How many common origins of two operands to try: a gate and what makes it, then its input. In a
 # recurrent network everything before is a common origin.
 _ORIGINS = 16
+# These also gather what several branches make (experts): only an identity skip is one there.
+_COLLECTING = ("index_add", "scatter_add")
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class Flow:
                 if not self.ops[fork].varying:
                     continue  # a weight that both sides use
                 regrouped = self._regrouped(index)
-                if regrouped is not None:
+                if regrouped is not None or self.ops[index].name.startswith(_COLLECTING):
                     return regrouped
                 left = self._weight(left_path) <= self._weight(right_path)
             else:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
-from conditioning.blocks.block import Block, table
-from conditioning.blocks.record import BlockCall, quiet, record_calls
+from conditioning.blocks.block import table
+from conditioning.blocks.record import BlockCall, copied, quiet, record_calls, stream_tensors
 from conditioning.blocks.selection import select_blocks
 from conditioning.blocks.wrappers import uncompiled, unwrapped
 from conditioning.errors import (
+    BatchFormatError,
     BlockSelectionError,
     CompiledModelError,
     ConditioningError,
@@ -248,9 +249,12 @@ def block_jacobians(
 
     Notes
     -----
-    The Jacobian is that of the residual stream: the first floating-point tensor of what the block
-    returns, by the first floating-point tensor among its arguments that it depends on. All else
-    that the block is given (masks, embeddings, a second stream) is constant.
+    The Jacobian is that of the residual stream, from where it comes in to where it leaves, as
+    :attr:`Block.input_index` and :attr:`Block.output_index` say. Where the kinds were not measured,
+    or no skip tells: the first floating-point tensor that the block returns, by the first one among
+    its arguments that this depends on and that has its shape, else the first that it depends on.
+    All else that the block is given (masks, embeddings, a second stream) is constant. A tensor
+    that is passed several times, as in ``attention(x, x, x)``, is differentiated in all places.
 
     It is the Jacobian of the whole batch. Where samples do not see each other it is
     block diagonal: ``sigma_max`` is the largest and ``sigma_min`` the smallest over all samples.
@@ -313,16 +317,21 @@ def _bar(calls: list[BlockCall], *, shown: bool) -> Iterator[Iterator[BlockCall]
 
 
 class _Chain:
-    """What a block computes, as a function of its recorded arguments."""
+    """What a block computes, as a function of the distinct tensors among its arguments."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, call: BlockCall) -> None:
+        block = call.block
+        self._arguments = call.args, call.kwargs
+        self._places = {id(t): i for i, t in enumerate(_distinct(call))}
         self._parts = [unwrapped(part) for part in block.parts]
         # Under names that the operator finds, for its messages, and to guard their buffers.
         for index, part in enumerate(self._parts):
             name = block.label if len(self._parts) == 1 else f"{block.label}[{index}]"
             vars(self)[name] = part
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, *tensors: Tensor) -> Any:
+        # The same object wherever it was passed: attention looks whether query and key are one.
+        args, kwargs = map_tensors(lambda t: tensors[self._places[id(t)]], self._arguments)
         output = self._parts[0](*args, **kwargs)
         for part in self._parts[1:]:
             output = part(output)
@@ -362,9 +371,8 @@ def _measured(
 def _singular_values(
     call: BlockCall, options: dict[str, Any], max_matvecs: int, *, branch: bool
 ) -> BlockJacobian:
-    jacobian, stream = _stream_jacobian(call)
+    jacobian, stream, output = _stream_jacobian(call)
     _check_replay(call)
-    output = _floating(call.output)[0]
     shifted = branch and stream.shape == output.shape
     first = singular_range(
         jacobian, max_matvecs=max_matvecs * 2 // 3 if shifted else max_matvecs, **options
@@ -394,27 +402,59 @@ def _delta(found: SingularRange) -> Estimate:
     )
 
 
-def _stream_jacobian(call: BlockCall) -> tuple[JacobianOperator, Tensor]:
-    """The Jacobian by the first tensor that the output depends on, and that tensor."""
-    arguments = (call.args, call.kwargs)
-    chain = _Chain(call.block)
-    for index, stream in enumerate(_floating(arguments)):
+def _stream_jacobian(call: BlockCall) -> tuple[JacobianOperator, Tensor, Tensor]:
+    """The Jacobian of the stream, and the tensors that it comes in and leaves by."""
+    chain, tensors = _Chain(call), tuple(_distinct(call))
+    output, outputs = _output(call)
+    floating = _floating(tensors)
+    if not floating:
+        msg = "Its arguments hold no floating-point tensor to differentiate by."
+        raise BatchFormatError(msg)
+    candidates = sorted(floating, key=lambda t: t.shape != output.shape)
+    measured = _measured_at(call.block.input_index, (call.args, call.kwargs))
+    if measured is not None:
+        candidates = [measured]
+    for stream in candidates:
+        place = next(i for i, tensor in enumerate(floating) if tensor is stream)
         with contextlib.suppress(LossWithoutGraphError):
             operator = JacobianOperator(
-                chain, arguments, wrt=index, outputs=0, batch_statistics=True
+                chain, tensors, wrt=place, outputs=outputs, batch_statistics=True
             )
-            return operator, stream
-    msg = "its first output depends on none of its floating-point inputs through autograd"
+            return operator, stream, output
+    inputs = "any of its floating-point inputs" if measured is None else "its input"
+    msg = f"its output does not depend on {inputs} through autograd"
     raise LossWithoutGraphError(msg)
+
+
+def _output(call: BlockCall) -> tuple[Tensor, int]:
+    """The tensor by which the stream leaves, and its place among the floating-point ones."""
+    floating = _floating(call.output)
+    if not floating:
+        msg = "Its output holds no floating-point tensor."
+        raise BatchFormatError(msg)
+    measured = _measured_at(call.block.output_index, call.output)
+    place = next((i for i, tensor in enumerate(floating) if tensor is measured), 0)
+    return floating[place], place
+
+
+def _measured_at(index: int | None, tree: Any) -> Tensor | None:
+    """The tensor at a measured place, if this call has a floating-point one there, too."""
+    tensors = stream_tensors(tree)
+    if index is None or index >= len(tensors) or not tensors[index].dtype.is_floating_point:
+        return None
+    return tensors[index]
+
+
+def _distinct(call: BlockCall) -> list[Tensor]:
+    return list({id(t): t for t in tensors_in((call.args, call.kwargs))}.values())
 
 
 def _check_replay(call: BlockCall) -> None:
     """The block alone has to return what it returned in the model."""
-    chain = _Chain(call.block)
-    args, kwargs = map_tensors(lambda t: t.clone(), (call.args, call.kwargs))
+    chain = _Chain(call)
+    before, place = _output(call)
     with quiet(chain.modules):
-        again = _floating(chain(args, kwargs))[0]
-    before = _floating(call.output)[0]
+        again = _floating(chain(*copied(_distinct(call))))[place]
     if again.shape == before.shape:
         gap = float(torch.linalg.vector_norm((again - before).double()))
         size = float(torch.linalg.vector_norm(before.double()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
@@ -113,8 +113,7 @@ class Measurement:
             self._node(unit.call.module),
             kind="transition" if len(kinds) > 1 else first.kind,
             note=note,
-            input_shape=first.source.shape,
-            output_shape=first.target.shape,
+            **_known(first.source, first.target),
         )
 
     def _siblings(self, units: list[Unit]) -> Iterator[Block]:
@@ -184,8 +183,7 @@ class Measurement:
                         self._node(call.module),
                         kind="plain",
                         note=f"a branch: the skip is added in {outer.name or 'the model'}",
-                        input_shape=call.inputs[0].shape,
-                        output_shape=call.outputs[0].shape,
+                        **_lone(call, call),
                     )
 
     def _ends(self, first: Node, last: Node) -> tuple[Port, Port] | None:
@@ -207,9 +205,8 @@ class Measurement:
         if ends is None:
             return dataclasses.replace(block, kind="plain", note="")
         kind, note = self._plain(block, ends, beside_units=beside_units)
-        return dataclasses.replace(
-            block, kind=kind, note=note, input_shape=ends[0].shape, output_shape=ends[1].shape
-        )
+        known = _lone(call, self._first[self._node(block.last).inner])
+        return dataclasses.replace(block, kind=kind, note=note, **known)
 
     def _one(self, node: Node, call: Call, *, beside_units: bool) -> Block:
         """A module that is no unit itself: it may be a chain of them, or have no skip."""
@@ -217,17 +214,19 @@ class Measurement:
         if not call.inputs or not call.outputs:
             return dataclasses.replace(block, kind="plain", note="")
         source, target = call.inputs[0], call.outputs[0]
+        known = _lone(call, call)
+        passed = next((port for port in call.inputs if port.op == target.op), None)
         inside = [u for u in self._units.chosen if call.index in self._flow.chain(u.call.index)]
         kind: Kind
-        if target.op == source.op and has_weights(node.inner):
+        if passed is not None and has_weights(node.inner):
             kind, note = "identity", "passed its input through in this run"
+            known = _known(passed, target)
         elif inside:
-            kind, note = self._chain_of(call, inside)
+            kind, note, ends = self._chain_of(call, inside)
+            known = known if ends is None else _known(*ends)
         else:
             kind, note = self._plain(block, (source, target), beside_units=beside_units)
-        return dataclasses.replace(
-            block, kind=kind, note=note, input_shape=source.shape, output_shape=target.shape
-        )
+        return dataclasses.replace(block, kind=kind, note=note, **known)
 
     def _plain(
         self, block: Block, ends: tuple[Port, Port], *, beside_units: bool
@@ -247,20 +246,65 @@ class Measurement:
         op = self._flow.ops[target.op] if target.op >= 0 else None
         return op is not None and op.name in ("cat", "concat") and source.op in op.parents
 
-    def _chain_of(self, call: Call, inside: list[Unit]) -> tuple[Kind, str]:
-        """The kind of a module that runs units one after the other."""
-        source, target = call.inputs[0], call.outputs[0]
+    def _chain_of(
+        self, call: Call, inside: list[Unit]
+    ) -> tuple[Kind, str, tuple[Port, Port] | None]:
+        """The kind of a module that runs units one after the other, and where its stream is."""
+        first, last = inside[0].source.op, inside[-1].target.op
+        sources = [p for p in call.inputs if self._flow.between(p.op, first) is not None]
+        targets = [p for p in call.outputs if self._flow.between(last, p.op) is not None]
+        ends = None
+        if sources and targets:
+            # The ways without a layer come first.
+            ends = (
+                min(sources, key=lambda port: self._mixes_between(port.op, first)),
+                min(targets, key=lambda port: self._mixes_between(last, port.op)),
+            )
+        source, target = ends or (call.inputs[0], call.outputs[0])
         note = f"holds {len(inside)} residual block{'s' if len(inside) > 1 else ''}"
         at, met = target.op, False
         for unit in reversed(inside):
             way = self._flow.between(unit.target.op, at)
             if way is None:
-                return "transition", note
+                return "transition", note, ends
             met, at = met or self._flow.mixes(way), unit.source.op
         way = self._flow.between(source.op, at)
         clean = way is not None and not met and not self._flow.mixes(way)
         same = source.shape == target.shape and all(unit.kind == "identity" for unit in inside)
-        return ("identity" if clean and same else "transition"), note
+        return ("identity" if clean and same else "transition"), note, ends
+
+    def _mixes_between(self, first: int, last: int) -> bool:
+        return self._flow.mixes(self._flow.between(first, last) or ())
+
+
+class _Known(TypedDict, total=False):
+    input_shape: Shape
+    output_shape: Shape
+    input_index: int | None
+    output_index: int | None
+
+
+def _known(source: Port, target: Port) -> _Known:
+    """What is known of a block whose stream was seen."""
+    return {
+        "input_shape": source.shape,
+        "output_shape": target.shape,
+        "input_index": source.index,
+        "output_index": target.index,
+    }
+
+
+def _lone(first: Call, last: Call) -> _Known:
+    """What is known where no skip tells which tensor the stream is: something if it is alone."""
+    known: _Known = {
+        "input_shape": first.inputs[0].shape,
+        "output_shape": last.outputs[0].shape,
+    }
+    if len(first.inputs) == 1:
+        known["input_index"] = first.inputs[0].index
+    if len(last.outputs) == 1:
+        known["output_index"] = last.outputs[0].index
+    return known
 
 
 def _change(before: Shape, after: Shape) -> str:

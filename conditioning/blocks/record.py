@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from conditioning.blocks.block import Block
 from conditioning.blocks.wrappers import inner_of, uncompiled
 from conditioning.errors import BatchFormatError, BlockSelectionError
-from conditioning.operators.batches import call_with, map_tensors
+from conditioning.operators.batches import call_with, map_tensors, tensors_in
 from conditioning.operators.guards import BufferGuard, isolated_randomness
 
 
@@ -33,7 +33,8 @@ class BlockCall:
         What the block was called with.
     output : object
         What it returned. Tensors here and in ``args`` and ``kwargs`` are detached copies from
-        before anything changed them in place.
+        before anything changed them in place, in the same order and containers. A tensor that
+        is passed twice has one copy: ``attention(x, x, x)`` stays such a call.
     call : int
         How many times the block had been called before in this pass.
     """
@@ -66,7 +67,7 @@ def record_calls(model: nn.Module, inputs: Any, blocks: Iterable[Block]) -> list
     open_calls: dict[Block, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
     def entered(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        open_calls.setdefault(block, []).append((_copied(args), _copied(kwargs)))
+        open_calls.setdefault(block, []).append(copied((args, kwargs)))
 
     def left(block: Block, output: Any) -> None:
         # A run whose last child is also called from elsewhere leaves without having been entered.
@@ -74,7 +75,7 @@ def record_calls(model: nn.Module, inputs: Any, blocks: Iterable[Block]) -> list
             args, kwargs = open_calls[block].pop()
             count = counts.get(block, 0)
             counts[block] = count + 1
-            calls.append(BlockCall(block, args, kwargs, _copied(output), count))
+            calls.append(BlockCall(block, args, kwargs, copied(output), count))
 
     with contextlib.ExitStack() as stack:
         for block in blocks:
@@ -118,7 +119,7 @@ def run_quietly(
         called = found[1]
     with quiet(model):
         # A first layer that works in place would change the caller's inputs.
-        copies = map_tensors(_copy, inputs)
+        copies = copied(inputs)
         with around or contextlib.nullcontext():
             return call_with(called, copies)
 
@@ -159,9 +160,18 @@ def refuse_lazy(model: nn.Module) -> None:
             raise BlockSelectionError(msg)
 
 
-def _copied(tree: Any) -> Any:
-    return map_tensors(_copy, tree)
+def copied(tree: Any) -> Any:
+    """Nested containers with a detached copy of each tensor, one for all places where it is."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone()
+        return copies[id(tensor)]
+
+    return map_tensors(copy, tree)
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
+def stream_tensors(tree: Any) -> list[Tensor]:
+    """Tensors that can be a residual stream, in order: floating point or complex."""
+    return [t for t in tensors_in(tree) if t.dtype.is_floating_point or t.dtype.is_complex]

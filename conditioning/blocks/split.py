@@ -15,7 +15,7 @@ from conditioning.blocks.flow import Residual
 from conditioning.blocks.measure import Measurement
 from conditioning.blocks.selection import select_blocks
 from conditioning.blocks.structure import Tree
-from conditioning.blocks.tape import Sum, Tape, record_tape
+from conditioning.blocks.tape import Sum, Tape, record_tape, summed
 from conditioning.errors import BlockSelectionError, RandomForwardError
 from conditioning.operators.checks import exact
 from conditioning.spectrum.results import Result
@@ -232,8 +232,10 @@ class _Measuring(Tape):
 
 def _operands(name: str, args: tuple[Any, ...], total: Sum) -> tuple[Tensor, Tensor]:
     """What an addition adds, factors and fused products included, in double precision."""
-    left, *right = (exact(value) for value in args if isinstance(value, Tensor))
-    if len(right) == 1:
+    left, *right = (exact(value) for value in summed(name, args))
+    if name in ("index_add", "scatter_add"):
+        other = getattr(torch.zeros_like(left), name)(*args[1:3], right[0])
+    elif len(right) == 1:
         other = right[0]
     elif name == "addbmm":
         other = torch.bmm(*right).sum(0)

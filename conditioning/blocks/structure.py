@@ -191,10 +191,26 @@ def _with_bare_layers(tree: Tree, units: list[Node]) -> Iterator[Block]:
         if not places[0] < place < places[-1]:
             continue  # a stem or a head
         parent = tree.parent(node)
+        if node is not parent and _between(node, parent, units):
+            yield tree.block(node)
+            continue
         if parent.is_chain and node is not parent and any(c in units for c in parent):
             change = width_change(node.inner)
             if change:
                 yield tree.block(node, kind="transition", note=f"bare layer, {change}")
+
+
+def _between(node: Node, parent: Node, units: list[Node]) -> bool:
+    """Whether a composite module stands between units of one chain: what it does counts too."""
+    if not parent.is_chain or not node.children or not has_weights(node.inner):
+        return False
+    siblings = list(parent.children.values())
+    place = siblings.index(node)
+    return (
+        not any(inner in units for inner in node)
+        and any(other in units for other in siblings[:place])
+        and any(other in units for other in siblings[place + 1 :])
+    )
 
 
 def width_change(module: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """A record of one forward pass: which operation made which tensor from which, and in which call.
 
 It is taken below autograd and Python, where every operation passes: additions by ``+``, ``+=``,
-``torch.add`` or inside compiled C++ modules look the same there. No tensor is kept.
+``torch.add`` or inside compiled C++ modules look the same there. No tensor's data is kept.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conditioning.blocks.record import run_quietly
+from conditioning.blocks.record import run_quietly, stream_tensors
 from conditioning.blocks.wrappers import unwrapped
 from conditioning.errors import BlockSelectionError
 from conditioning.operators.batches import tensors_in
@@ -41,8 +42,14 @@ _MIXING_STARTS = (
     "avg_pool", "max_pool", "_adaptive_avg_pool", "adaptive_", "upsample_", "mkldnn_max_pool",
 )  # fmt: skip
 _SUMS = frozenset({
-    "add", "sub", "addcmul", "addmm", "baddbmm", "addbmm", "addmv", "addr",
+    "add", "sub", "addcmul", "addmm", "baddbmm", "addbmm", "addmv", "addr", "lerp", "index_add",
+    "scatter_add",
 })  # fmt: skip
+# What is added has a smaller or another shape, and goes to places that an index says.
+_SCATTERED = frozenset({"index_add", "scatter_add"})
+# Only shape, dtype and device of the operand matter.
+_FRESH_ENDS = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+_FRESH_STARTS = ("new_zeros", "new_ones", "new_full", "new_empty")
 # Where the first operand is multiplied by ``beta``, and the rest by ``alpha`` or ``value``.
 _FUSED = {"addcmul": "value"}
 
@@ -104,10 +111,20 @@ class Op:
 
 @dataclass(frozen=True)
 class Port:
-    """A floating-point tensor at a module's input or output: the operation that made it."""
+    """A floating-point tensor at a module's input or output.
+
+    Attributes
+    ----------
+    op : int
+        The operation that made it.
+    shape : tuple of int
+    index : int
+        Its position among the floating-point and complex tensors there.
+    """
 
     op: int
     shape: Shape
+    index: int = 0
 
 
 @dataclass(eq=False)
@@ -148,10 +165,12 @@ class Tape(TorchDispatchMode):
         self.calls: list[Call] = []
         self._stack: list[int] = []
         # A tensor is told by its storage and its place in it, so that views and in-place
-        # changes are seen, and nothing is kept alive. The latest entry is the one that holds, so
-        # a new storage at the address of an old one is not mistaken for it.
+        # changes are seen. A weak reference lets the data go, but not the address: else a tensor
+        # that is made without an operation (torch.tensor) could be taken for one that was there
+        # before.
         self._made: dict[int, dict[Any, int]] = {}
         self._written: dict[int, int] = {}
+        self._held: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -162,6 +181,8 @@ class Tape(TorchDispatchMode):
         name = func._schema.name.rpartition("::")[2]
         in_place = name.endswith("_") and not name.endswith("__")
         name = name.removesuffix("_") if in_place else name
+        if name.endswith(_FRESH_ENDS) or name.startswith(_FRESH_STARTS):
+            parents, operands = (), []
         total = self._sum(name, args, kwargs) if name in _SUMS else None
         output = func(*args, **kwargs)
         outputs = _tensors((output,))
@@ -186,7 +207,7 @@ class Tape(TorchDispatchMode):
         for tensor in outputs:
             self._note(tensor, op)
         for tensor in written:
-            storage = _storage(tensor)
+            storage = self._hold(tensor)
             if storage is not None:
                 self._written[storage] = op
         return output
@@ -205,10 +226,22 @@ class Tape(TorchDispatchMode):
         self._note(tensor, len(self.ops) - 1)
         return len(self.ops) - 1
 
+    def release(self) -> None:
+        """Let the addresses of all tensors go: :meth:`op_of` knows none of them any more."""
+        self._made.clear()
+        self._written.clear()
+        self._held.clear()
+
     def _note(self, tensor: Tensor, op: int) -> None:
-        storage = _storage(tensor)
+        storage = self._hold(tensor)
         if storage is not None:
             self._made.setdefault(storage, {})[_place(tensor)] = op
+
+    def _hold(self, tensor: Tensor) -> int | None:
+        storage = _storage(tensor)
+        if storage is not None and storage not in self._held:
+            self._held[storage] = StorageWeakRef(tensor.untyped_storage())
+        return storage
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Begin a module call."""
@@ -234,14 +267,13 @@ class Tape(TorchDispatchMode):
 
     def _ports(self, tree: Any) -> list[Port]:
         return [
-            Port(self.op_of(tensor), tuple(tensor.shape))
-            for tensor in tensors_in(tree)
+            Port(self.op_of(tensor), tuple(tensor.shape), index)
+            for index, tensor in enumerate(stream_tensors(tree))
             if tensor.dtype.is_floating_point
         ]
 
     def _sum(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sum | None:
-        left, *right = args[: 3 if name not in ("add", "sub") else 2]
-        operands = [left, *right]
+        left, *right = operands = summed(name, args)
         if not all(isinstance(t, Tensor) and t.dtype.is_floating_point for t in operands):
             return None
         ops = [self.op_of(t) for t in operands]
@@ -250,7 +282,23 @@ class Tape(TorchDispatchMode):
         alpha = kwargs.get("alpha", kwargs.get(_FUSED.get(name, ""), 1.0))
         scales = float(kwargs.get("beta", 1.0)), float(-alpha if name == "sub" else alpha)
         shape = tuple(right[0].shape) if len(right) == 1 else tuple(left.shape)
+        if name == "lerp":
+            weight = None if self._varies(args[2]) else _number(args[2])
+            if weight is None or weight == 1 or not math.isfinite(weight):
+                return None
+            scales = 1 - weight, weight
+        if name in _SCATTERED:
+            # An operation of its own: even the stream itself, scattered, is no identity.
+            varying = self.ops[ops[1]].varying
+            call = self._stack[-1] if self._stack else -1
+            shape = tuple(left.shape)
+            self.ops.append(Op("scatter", (ops[1],), call, True, shape, varying))
+            ops[1] = len(self.ops) - 1
         return Sum(ops[0], tuple(o for o in ops[1:] if o >= 0), scales, (tuple(left.shape), shape))
+
+    def _varies(self, value: Any) -> bool:
+        op = self.op_of(value) if isinstance(value, Tensor) else -1
+        return op >= 0 and self.ops[op].varying
 
 
 def record_tape(
@@ -294,8 +342,16 @@ def record_tape(
                 always_call=True,  # a model may catch what its parts raise
             )
             stack.callback(after.remove)
+        stack.callback(tape.release)
         run_quietly(model, inputs, tape)
     return tape
+
+
+def summed(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Operands of an addition: two, or three where the last two are multiplied."""
+    if name in _SCATTERED:
+        return args[0], args[3]
+    return args[: 2 if name in ("add", "sub", "lerp") else 3]
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:
@@ -362,6 +418,10 @@ def _scale(
 def _number(value: Any) -> float | None:
     if isinstance(value, (int, float)):
         return float(value)
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+    if (
+        isinstance(value, Tensor)
+        and value.numel() == 1
+        and not (value.is_meta or value.is_complex())
+    ):
         return float(value)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,13 +27,18 @@ class BlockLabel:
     Parameters
     ----------
     name, kind : str
-    level : int
-        How many tracked blocks contain this one.
+    containers : tuple of int
+        Positions of the tracked blocks that contain this one.
     """
 
     name: str
     kind: str
-    level: int
+    containers: tuple[int, ...] = ()
+
+    @property
+    def level(self) -> int:
+        """How many tracked blocks contain this one."""
+        return len(self.containers)
 
 
 _PLACES = ("block", "call", "visit", "pass_id", "order", "backward")
@@ -111,21 +117,24 @@ class Point:
 
     Several forward passes in a step (gradient accumulation) are combined as the root of the sum
     of squares, which is the norm over all their samples. A shared block has a point for each
-    place, named ``block#1``, ``block#2``, ...
+    place, named ``block#1``, ``block#2``, ...; and so has each further backward pass through the
+    same forward pass, named ``block@1``, ...: norms of gradients of several losses do not add up.
 
     Parameters
     ----------
     name : str
-    block, visit : int
+    block, visit, backward : int
     kind : str
     level : int
     values : dict of str to float
-        ``grad_in``, ``grad_out``, ``act_in``, ``act_out`` where known, ``ratio``, ``product``.
+        ``grad_in``, ``grad_out``, ``act_in``, ``act_out`` where known, ``ratio``, and ``product``:
+        ``grad_in`` over the ``grad_out`` of the last block that is nested equally deep.
     """
 
     name: str
     block: int
     visit: int
+    backward: int
     kind: str
     level: int
     values: dict[str, float]
@@ -157,13 +166,14 @@ class NormVerdict(Result):
     Parameters
     ----------
     verdict : {"holds", "fails", "not decided"}
-        ``holds``: every recorded ratio lies within; ``fails``: some ratio does not; ``not
-        decided``: none lies outside, but some ratio is missing or not finite.
+        ``holds``: in every recorded step every tracked block has a ratio, and it lies within;
+        ``fails``: some ratio does not; ``not decided``: none lies outside, but some is missing.
     low, high : float
         The bound.
     deviation : Estimate
-        Mean over blocks of ``|1 - ratio|``, averaged over the recorded steps, with the standard
-        error over steps (one step: no error is known, and the ends are infinite).
+        Mean over blocks of ``|1 - ratio|``, averaged over the recorded steps; its ends are the
+        least and the largest of a step. Steps of a training run are no independent samples, so
+        this is a range and no confidence interval.
     deviation_by_kind : dict of str to float
         The same for each kind of block.
     worst_block : str
@@ -173,7 +183,8 @@ class NormVerdict(Result):
     outside : tuple of (str, float)
         Blocks with ratios outside, and the share of steps in which they were.
     missing : tuple of str
-        Blocks whose ratio is missing or not finite in some step.
+        Blocks without a ratio in some step: they did not run, no gradient came to their input or
+        output, or both norms are zero or not finite.
     num_steps, num_ratios : int
     """
 
@@ -191,54 +202,71 @@ class NormVerdict(Result):
     num_ratios: int
 
     def __str__(self) -> str:
+        steps = f"{self.num_steps} step" + ("s" if self.num_steps > 1 else "")
         lines = [
             f"{self.verdict}: ratios of gradient norms within [{self.low:.4g}, {self.high:.4g}] "
-            f"({self.num_ratios} ratios in {self.num_steps} steps)",
-            f"mean |1 - ratio| = {self.deviation}; farthest from 1: {self.worst_ratio:.4g} at "
-            f"{self.worst_block!r} in step {self.worst_step}",
+            f"({self.num_ratios} ratios in {steps})"
         ]
+        if self.num_ratios:
+            mean = self.deviation
+            span = f" ({mean.low:.4g} ... {mean.high:.4g} over steps)" if self.num_steps > 1 else ""
+            lines.append(
+                f"mean |1 - ratio| = {mean.value:.4g}{span}; farthest from 1: "
+                f"{self.worst_ratio:.4g} at {self.worst_block!r} in step {self.worst_step}"
+            )
         if self.outside:
             shown = ", ".join(f"{name} ({share:.0%})" for name, share in self.outside[:6])
             more = f" and {len(self.outside) - 6} more" if len(self.outside) > 6 else ""
             lines.append(f"outside (share of steps): {shown}{more}")
         if self.missing:
-            lines.append(f"without a finite ratio: {', '.join(self.missing[:6])}")
+            more = f" and {len(self.missing) - 6} more" if len(self.missing) > 6 else ""
+            lines.append(f"without a ratio in some step: {', '.join(self.missing[:6])}{more}")
         return "\n".join(lines)
 
 
 def points(record: StepRecord, labels: Sequence[BlockLabel]) -> list[Point]:
     """A step block by block, in the order of execution."""
-    groups: dict[tuple[int, int], list[Call]] = defaultdict(list)
+    groups: dict[tuple[int, int, int], list[Call]] = defaultdict(list)
     for call in record.calls:
-        groups[call.block, call.visit].append(call)
-    order = {key: min((c.pass_id, c.order) for c in group)[1] for key, group in groups.items()}
+        groups[call.backward, call.block, call.visit].append(call)
+    order = {
+        key: (key[0], min((c.pass_id, c.order) for c in group)[1]) for key, group in groups.items()
+    }
     found = []
-    for block, visit in sorted(groups, key=lambda key: order[key]):
-        group, label = groups[block, visit], labels[block]
+    for key in sorted(groups, key=lambda key: order[key]):
+        (backward, block, visit), group = key, groups[key]
         values = {}
         for side in SIDES:
-            # A second backward pass adds gradients, but the activations are the same.
-            kept = [c for c in group if side.startswith("grad") or c.backward == 0]
-            numbers = [c.values[side] for c in kept if side in c.values]
-            if numbers and len(numbers) == len(kept):
+            numbers = [c.values[side] for c in group if side in c.values]
+            if len(numbers) == len(group):
                 values[side] = math.hypot(*numbers)
         values["ratio"] = divide(values.get("grad_in"), values.get("grad_out"))
-        name = label.name if visit == 0 else f"{label.name}#{visit}"
-        found.append(Point(name, block, visit, label.kind, label.level, values))
-    for point, product in zip(found, _products([(p.level, p.values["ratio"]) for p in found]),
-                              strict=True):  # fmt: skip
-        point.values["product"] = product
+        label = labels[block]
+        name = label.name + (f"#{visit}" if visit else "") + (f"@{backward}" if backward else "")
+        found.append(Point(name, block, visit, backward, label.kind, label.level, values))
+    last = {(p.backward, p.level): p.values.get("grad_out") for p in found}
+    for point in found:
+        reference = last[point.backward, point.level]
+        point.values["product"] = divide(point.values.get("grad_in"), reference)
     return found
 
 
-def _products(rows: Sequence[tuple[int, float]]) -> list[float]:
-    """Running products of ratios from the last row to the first, for each level of nesting."""
-    running: dict[int, float] = defaultdict(lambda: 1.0)
-    products = []
-    for level, ratio in reversed(rows):
-        running[level] *= ratio
-        products.append(running[level])
-    return products[::-1]
+def gaps(found: Sequence[Point], rtol: float = 1e-2) -> list[tuple[str, str, float]]:
+    """Neighbours between which the gradient changes its norm outside of tracked blocks.
+
+    Returns
+    -------
+    list of (str, str, float)
+        The two blocks, and the norm at the output of the first over that at the input of the
+        second.
+    """
+    outer = [point for point in found if point.level == 0]
+    changed = []
+    for one, two in itertools.pairwise(outer):
+        factor = divide(one.values.get("grad_out"), two.values.get("grad_in"))
+        if one.backward == two.backward and abs(factor - 1) > rtol:
+            changed.append((one.name, two.name, factor))
+    return changed
 
 
 def tidy_frame(records: Sequence[StepRecord], labels: Sequence[BlockLabel]) -> pd.DataFrame:
@@ -254,9 +282,10 @@ def tidy_frame(records: Sequence[StepRecord], labels: Sequence[BlockLabel]) -> p
         for call in record.calls:
             chains[call.pass_id, call.backward].append(call)
         for _, chain in sorted(chains.items()):
-            products = _products([(labels[c.block].level, c.values["ratio"]) for c in chain])
-            for call, product in zip(chain, products, strict=True):
+            last = {labels[c.block].level: c.values.get("grad_out") for c in chain}
+            for call in chain:
                 label = labels[call.block]
+                product = divide(call.values.get("grad_in"), last[label.level])
                 for quantity, value in {**call.values, "product": product}.items():
                     rows["step"].append(record.step)
                     rows["block"].append(label.name)
@@ -321,7 +350,7 @@ def first_nonfinite(
 ) -> NonFinite | None:
     """The first step and block in which something was not finite, or None."""
     for record in records:
-        found = _nonfinite(record.step, points(record, labels))
+        found = _nonfinite(record.step, points(record, labels), labels)
         if found is not None:
             return found
     return None
@@ -331,7 +360,7 @@ def _bad(point: Point, side: str) -> bool:
     return side in point.values and not math.isfinite(point.values[side])
 
 
-def _nonfinite(step: int, found: list[Point]) -> NonFinite | None:
+def _nonfinite(step: int, found: list[Point], labels: Sequence[BlockLabel]) -> NonFinite | None:
     for where, before, after, chain in (
         ("forward", "act_in", "act_out", found),
         ("backward", "grad_out", "grad_in", found[::-1]),
@@ -342,12 +371,14 @@ def _nonfinite(step: int, found: list[Point]) -> NonFinite | None:
         # A block that contains another one is affected with it: the innermost says more.
         arising = [p for p in chain if _bad(p, after) and not _bad(p, before)]
         if arising and not _bad(chain[0], before):
-            point = max(arising, key=lambda p: p.level)
-            passing = "forward" if where == "forward" else "backward"
+            inside = [p for p in arising if arising[0].block in labels[p.block].containers]
+            point = max(inside, key=lambda p: p.level, default=arising[0])
             message = (
                 f"in step {step} the {what} became NaN or infinite in block {point.name!r}, on "
-                f"its {passing} pass"
+                f"its {where} pass"
             )
+            if where == "backward":
+                message += " (or come from another use of what enters it)"
         else:
             point = next(p for p in chain if _bad(p, before) or _bad(p, after))
             outside = "input" if where == "forward" else "output"
@@ -372,8 +403,15 @@ def judge(
         for record in records
         for point in points(record, labels)
     ]
-    known = [row for row in rows if math.isfinite(row[3])]
-    missing = tuple(dict.fromkeys(name for _, name, _, ratio in rows if not math.isfinite(ratio)))
+    known = [row for row in rows if not math.isnan(row[3])]
+    absent = [
+        label.name
+        for record in records
+        for block, label in enumerate(labels)
+        if block not in record.places[:, 0]
+    ]
+    undefined = [name for _, name, _, ratio in rows if math.isnan(ratio)]
+    missing = tuple(dict.fromkeys([*undefined, *absent]))
     steps: dict[int, list[float]] = defaultdict(list)
     by_kind: dict[str, list[float]] = defaultdict(list)
     shares: dict[str, list[bool]] = defaultdict(list)
@@ -400,11 +438,14 @@ def _far(ratio: float) -> float:
 
 
 def _interval(bound: float | tuple[float, float]) -> tuple[float, float]:
-    if isinstance(bound, (int, float)):
-        if bound > 0 and math.isfinite(bound):
-            return 1 - bound, 1 + bound
-    elif len(bound) == 2 and 0 <= bound[0] <= bound[1]:
-        return float(bound[0]), float(bound[1])
+    try:
+        ends = [float(end) for end in (bound if isinstance(bound, (tuple, list)) else [bound])]
+    except (TypeError, ValueError, RuntimeError):
+        ends = []
+    if len(ends) == 1 and ends[0] > 0 and math.isfinite(ends[0]) and not isinstance(bound, bool):
+        return max(1 - ends[0], 0.0), 1 + ends[0]
+    if len(ends) == 2 and 0 <= ends[0] <= ends[1]:
+        return ends[0], ends[1]
     msg = (
         f"bound must be a number delta > 0, for [1 - delta, 1 + delta], or a pair (low, high) with "
         f"0 <= low <= high, got {bound!r}."
@@ -413,11 +454,7 @@ def _interval(bound: float | tuple[float, float]) -> tuple[float, float]:
 
 
 def _mean(values: Sequence[float]) -> Estimate:
-    """Mean with its standard error; steps are taken as they come, correlated or not."""
+    """Mean with the least and the largest."""
     if not values:
         return Estimate(math.nan, math.nan, math.nan)
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return Estimate(mean, -math.inf, math.inf)
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Estimate(mean, mean - error, mean + error)
+    return Estimate(float(np.mean(values)), min(values), max(values))

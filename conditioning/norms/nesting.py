@@ -7,14 +7,16 @@ from torch import nn
 from conditioning.blocks import Blocks
 
 
-def levels(blocks: Blocks) -> list[int]:
-    """How many blocks contain each block."""
+def containers(blocks: Blocks) -> list[tuple[int, ...]]:
+    """For each block the positions of the blocks that contain it."""
     own = [{id(part) for part in block.parts} for block in blocks]
     inside = [
         {id(m) for part in block.parts for m in part.modules()} - mine
         for block, mine in zip(blocks, own, strict=True)
     ]
-    return [sum(id(block.module) in other for other in inside) for block in blocks]
+    return [
+        tuple(i for i, other in enumerate(inside) if id(block.module) in other) for block in blocks
+    ]
 
 
 def ancestors(model: nn.Module, blocks: Blocks) -> list[nn.Module]:

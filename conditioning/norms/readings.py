@@ -55,6 +55,8 @@ class Port:
 
     activation: Reading | None = None
     hooked: bool = False
+    #: Blocks that returned it.
+    left: set[int] = field(default_factory=set)
     #: One for each backward pass that came through, by the number of the pass.
     gradients: dict[tuple[int, int], Reading] = field(default_factory=dict)
 
@@ -82,7 +84,7 @@ def read(tensor: Tensor, wanted: Wanted, *, wide: bool = False) -> Reading:
     Raises
     ------
     UnsupportedParameterError
-        If the tensor is sharded (a DTensor).
+        If the tensor is sharded (a DTensor), or a nested tensor that cannot be read.
     InvalidArgumentError
         If samples are wanted of a tensor without the axis of the samples.
     """
@@ -94,6 +96,17 @@ def read(tensor: Tensor, wanted: Wanted, *, wide: bool = False) -> Reading:
         )
         raise UnsupportedParameterError(msg)
     data = tensor.detach()
+    if data.is_nested:
+        if data.layout == torch.strided:
+            msg = (
+                "The border of a block is a nested tensor with strided layout, whose entries "
+                "cannot be read together. Use layout=torch.jagged, or track other blocks."
+            )
+            raise UnsupportedParameterError(msg)
+        if wanted.samples:
+            msg = "Norms of samples are not available for nested tensors: use statistic='batch'."
+            raise UnsupportedParameterError(msg)
+        data = data.values()
     if data.layout != torch.strided:
         data = data.to_dense()
     if data.dtype.is_complex:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -35,6 +35,27 @@ def why_nothing_fired(model: nn.Module, names: Sequence[str]) -> str:
     )
 
 
+def why_unseen(names: Mapping[int, str], slots: Sequence[Slot]) -> str:
+    """Explain blocks that took no part in a step; ``names`` by position."""
+    reasons: dict[str, list[str]] = {}
+    for index, name in names.items():
+        mine = [slot for slot in slots if slot.block == index]
+        if not mine:
+            reason = "did not run"
+        elif mine[-1].returned:
+            reason = f"returned no tensor that can be read ({mine[-1].returned})"
+        else:
+            reason = (
+                "ran without gradients (frozen, detached, or under torch.no_grad), or the loss "
+                "does not depend on the output"
+            )
+        reasons.setdefault(reason, []).append(name)
+    return " ".join(
+        f"No gradient passed through {join_names(found)}: {reason}."
+        for reason, found in reasons.items()
+    )
+
+
 def why_no_gradient(slots: Sequence[Slot]) -> str:
     """Explain calls of blocks to which no gradient came back."""
     finished = [slot for slot in slots if slot.finished]
@@ -44,6 +65,12 @@ def why_no_gradient(slots: Sequence[Slot]) -> str:
         return (
             "The tracked blocks ran under torch.no_grad() only, so there is no gradient to "
             "measure. Run the forward pass with gradients on."
+        )
+    if all(slot.returned for slot in finished):
+        kinds = join_names(sorted({slot.returned for slot in finished}))
+        return (
+            f"The tracked blocks return no tensor that can be read ({kinds}): track blocks that "
+            f"return tensors, tuples, dicts or dataclasses of tensors."
         )
     if not any(slot.differentiable for slot in finished):
         return (
@@ -55,4 +82,12 @@ def why_no_gradient(slots: Sequence[Slot]) -> str:
         "No gradient came back to the tracked blocks. Either no backward pass ran in this step "
         "(call loss.backward() before the optimizer steps), or the loss does not depend on "
         "these blocks: look for .detach() behind them."
+    )
+
+
+def folded_message(count: int) -> str:
+    """Warn that several passes were counted as one step."""
+    return (
+        f"{count} forward passes were counted as one step, because no optimizer that moves the "
+        f"tracked blocks stepped. Call norms.step() after each step of your own."
     )

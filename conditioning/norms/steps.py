@@ -39,7 +39,8 @@ class Call:
     order : int
         Place in the order of execution, over all blocks.
     backward : int
-        The how-manieth backward pass through this call.
+        The how-manieth backward pass of its forward pass: above 0 where losses are
+        differentiated one after the other.
     values : dict of str to float
         By quantity; norms, and shares or statistics over samples where wanted.
     """
@@ -96,13 +97,44 @@ def _restore_order(slots: Sequence[Slot]) -> list[Slot]:
         again.sort(key=lambda slot: (-_first_backward(slot), slot.order))
         for slot, first in zip(again, first_runs[block], strict=False):
             slot.order, slot.pass_id = first.order, first.pass_id
-            for mine, theirs in ((slot.inputs, first.inputs), (slot.outputs, first.outputs)):
-                for port, other in zip(mine, theirs, strict=False):
-                    port.activation = other.activation
     return sorted(live, key=lambda slot: (slot.pass_id, slot.order))
 
 
-def _pending(slots: Iterable[Slot]) -> list[_Pending]:
+def _ranks_of_backwards(
+    slots: Sequence[Slot], nested: dict[int, int]
+) -> dict[tuple[int, int, int], int]:
+    """For each forward pass, autograd's numbers of backward passes, counted from 0.
+
+    A reentrant checkpoint begins a backward pass inside another one: both are the same.
+    """
+    outer = nested | {
+        number: slot.inside
+        for slot in slots
+        for port in slot.outputs
+        for number, _ in port.gradients
+        if 0 <= slot.inside != number
+    }
+
+    def outermost(number: int) -> int:
+        while number in outer:
+            number = outer[number]
+        return number
+
+    found: dict[int, dict[tuple[int, int], list[int]]] = defaultdict(lambda: defaultdict(list))
+    for slot in slots:
+        for port in slot.outputs:
+            for number, repeat in port.gradients:
+                found[slot.pass_id][outermost(number), repeat].append(number)
+    return {
+        (pass_id, number, key[1]): rank
+        for pass_id, groups in found.items()
+        for rank, (key, numbers) in enumerate(sorted(groups.items()))
+        for number in numbers
+    }
+
+
+def _pending(slots: Sequence[Slot], nested: dict[int, int]) -> list[_Pending]:
+    ranks = _ranks_of_backwards(slots, nested)
     calls: dict[int, int] = defaultdict(int)
     visits: dict[tuple[int, int], int] = defaultdict(int)
     found = []
@@ -110,7 +142,7 @@ def _pending(slots: Iterable[Slot]) -> list[_Pending]:
         passes = sorted({number for port in slot.outputs for number in port.gradients})
         visit = visits[slot.pass_id, slot.block]
         visits[slot.pass_id, slot.block] += 1
-        for backward, number in enumerate(passes):
+        for number in passes:
             sides = {
                 "grad_in": [p.gradients[number] for p in slot.inputs if number in p.gradients],
                 "grad_out": [p.gradients[number] for p in slot.outputs if number in p.gradients],
@@ -119,6 +151,7 @@ def _pending(slots: Iterable[Slot]) -> list[_Pending]:
             }
             call = calls[slot.block]
             calls[slot.block] += 1
+            backward = ranks[(slot.pass_id, *number)]
             found.append(_Pending(slot, number[0], sides, backward, call, visit))
     return found
 
@@ -151,7 +184,10 @@ class _Ledger:
 
 
 def measure(
-    slots: Sequence[Slot], scales: dict[int, Tensor], group: Any = None
+    slots: Sequence[Slot],
+    scales: dict[int, Tensor],
+    nested: dict[int, int],
+    group: Any = None,
 ) -> tuple[list[list[Call]], bool]:
     """Turn slots into calls, with one transfer from each device.
 
@@ -160,6 +196,8 @@ def measure(
     slots : sequence of Slot
     scales : dict of int to Tensor
         The loss scale of each backward pass; empty without a scaler.
+    nested : dict of int to int
+        Backward passes that ran inside others.
     group : ProcessGroup, optional
         Ranks to combine: squares of gradient norms are added and divided by the number of ranks
         squared (each rank's loss is a mean that the average over ranks divides again); squares
@@ -173,7 +211,7 @@ def measure(
     wide : bool
         Whether a norm left the range in which squares can be summed in float32.
     """
-    pending = _pending(_restore_order(slots))
+    pending = _pending(_restore_order(slots), nested)
     readings = {
         id(reading): reading for item in pending for side in item.sides.values() for reading in side
     }
@@ -189,7 +227,11 @@ def measure(
         unsafe(host[ledger.places[id(r.norm)]], r.numel) and r.norm.dtype != torch.float64
         for r in readings.values()
     )
-    sums = _sums(list(readings.values()), ledger, host, group)
+    layout = [
+        (i.slot.block, i.visit, i.slot.pass_id, i.backward, [len(i.sides[s]) for s in SIDES])
+        for i in pending
+    ]
+    sums = _sums(list(readings.values()), ledger, host, group, layout)
     ranks = group_size(group) if group is not None else 1
     scale_of = {number: host[ledger.places[id(scale)]] for number, scale in scales.items()}
     samples = _samples(list(readings.values()), group)
@@ -209,7 +251,11 @@ def measure(
 
 
 def _sums(
-    readings: list[Reading], ledger: _Ledger, host: NDArray[np.float64], group: Any
+    readings: list[Reading],
+    ledger: _Ledger,
+    host: NDArray[np.float64],
+    group: Any,
+    layout: Sequence[Any],
 ) -> dict[int, NDArray[np.float64]]:
     """For each reading, over all ranks: norm, zeros, non-finite, entries."""
 
@@ -221,7 +267,7 @@ def _sums(
     ).reshape(-1, 4)
     if group is not None:
         table[:, 0] **= 2
-        table = sum_over_ranks(table.reshape(-1), group).reshape(-1, 4)
+        table = sum_over_ranks(table.reshape(-1), group, layout).reshape(-1, 4)
         table[:, 0] **= 0.5
     return {id(reading): row for reading, row in zip(readings, table, strict=True)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,10 +24,17 @@ from conditioning.errors import (
 )
 from conditioning.norms import history
 from conditioning.norms.history import BlockLabel, NonFinite, NormVerdict, Point, StepRecord
-from conditioning.norms.nesting import ancestors, levels
+from conditioning.norms.nesting import ancestors, containers
+from conditioning.norms.printing import step_table
 from conditioning.norms.readings import Wanted
-from conditioning.norms.reasons import is_compiled, why_no_gradient, why_nothing_fired
-from conditioning.norms.recorder import Recorder
+from conditioning.norms.reasons import (
+    folded_message,
+    is_compiled,
+    why_no_gradient,
+    why_nothing_fired,
+    why_unseen,
+)
+from conditioning.norms.recorder import Recorder, Slot, weakly
 from conditioning.norms.steps import has_gradient, measure
 from conditioning.operators.modules import join_names
 
@@ -35,8 +42,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from torch.utils.hooks import RemovableHandle
-
-_MANY_PASSES = 1000
 
 
 class GradientNorms:
@@ -66,8 +71,9 @@ class GradientNorms:
     shares : bool
         Also the share of entries that are zero, and that are not finite.
     tensors : {"first", "all"}
-        What counts where a block takes or returns several tensors: the first that needs a
-        gradient (the residual stream), or all of them together.
+        What counts where a block takes or returns several tensors: the residual stream, that
+        is the one that :func:`find_blocks` measured with ``inputs``, else the first that needs a
+        gradient; or all of them together.
     scaler : GradScaler, optional
         Gradient norms are divided by its scale. Ratios need no scaler.
     inputs : optional
@@ -93,14 +99,17 @@ class GradientNorms:
         Once, when a norm is not finite: says in which block first. Not with a ``scaler``, for
         which overflows are routine.
     BlockNotSeenWarning
-        After the first step, for blocks that took no part in it.
+        After the first step, for blocks that took no part in it; and when a thousand forward
+        passes were recorded but no step has ended.
 
     Notes
     -----
-    A step ends when an optimizer that owns a parameter of the model has stepped, or when
-    :meth:`step` is called. Everything recorded in between belongs to it: several forward passes
-    (gradient accumulation), shared blocks, and second backward passes are calls 0, 1, ... of a
-    block. Norms stay on the device until the step ends; then there is one transfer.
+    A step ends when an optimizer that owns a parameter of a tracked block has stepped (of the
+    model, if all tracked blocks are frozen), or when :meth:`step` is called. Everything recorded
+    in between belongs to it: several forward passes (gradient accumulation), shared blocks, and
+    second backward passes are calls 0, 1, ... of a block. In a GAN put the generator's step, whose
+    gradients pass through the discriminator, under :meth:`pause` of the discriminator's tracker.
+    Norms stay on the device until the step ends; then there is one transfer.
 
     With a ``scaler``, a step that the optimizer skips because of an overflow is told from
     gradient accumulation by the scale, which falls.
@@ -111,6 +120,10 @@ class GradientNorms:
 
     Hessian-vector products of this package are not recorded. Around others use :meth:`pause`: each
     backward pass through a recorded graph counts as a call.
+
+    Layers between tracked blocks change the gradient too: printing a tracker names such gaps. One
+    thread at a time may run the model. Compiled models are
+    cut into graphs at the borders of blocks (``fullgraph=True`` is not possible).
 
     Copies and pickles of the model carry no hooks of the tracker that do anything.
 
@@ -159,13 +172,19 @@ class GradientNorms:
             if value not in known:
                 msg = f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}."
                 raise InvalidArgumentError(msg)
+        if not isinstance(model, nn.Module):
+            msg = f"model must be an nn.Module, got {type(model).__name__}."
+            raise InvalidArgumentError(msg)
+        if isinstance(blocks, torch.Tensor):
+            msg = "blocks is a tensor: a sample batch is given as inputs=..."
+            raise InvalidArgumentError(msg)
         self._model = model
         self.blocks: Blocks = select_blocks(model, blocks, inputs)
         self._every = every
         self._scaler = scaler
         self._keep = keep
         self._group = process_group
-        self._levels = levels(self.blocks)
+        self._containers = containers(self.blocks)
         self._recorder = Recorder(
             self.blocks,
             ancestors(model, self.blocks),
@@ -175,7 +194,9 @@ class GradientNorms:
             scaler=scaler,
         )
         self._optimizer_handle: RemovableHandle | None = None
-        self._owned: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._owned: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._records: list[StepRecord] = []
         self._shapes: dict[int, Any] = {}
         self._idle: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -201,7 +222,7 @@ class GradientNorms:
         self._recorder.clear()
         self._recorder.attach()
         self._recorder.listening = self.num_steps % self._every == 0
-        handle = register_optimizer_step_post_hook(_weakly(self._after_optimizer))
+        handle = register_optimizer_step_post_hook(weakly(self._after_optimizer))
         self._optimizer_handle = handle
         # A tracker that is dropped, as by running a notebook cell again, stops by itself.
         self._finalizer = weakref.finalize(self, _stop, handle, self._recorder)
@@ -220,7 +241,11 @@ class GradientNorms:
         try:
             pending = any(has_gradient(slot) for slot in self._recorder.slots)
             if kind is None and (pending or not self.num_steps):
+                folded = len({slot.pass_id for slot in self._recorder.slots})
+                alone = not self.num_steps
                 self.step()
+                if alone and folded > 1:
+                    self._warn_once("folded", folded_message(folded), BlockNotSeenWarning)
         finally:
             self.detach()
 
@@ -263,11 +288,16 @@ class GradientNorms:
         self._idle.add(optimizer)
 
     def _owns(self, optimizer: Optimizer) -> bool:
-        if optimizer not in self._owned:
-            mine = {id(p) for p in self._model.parameters()}
-            groups = optimizer.param_groups
-            self._owned[optimizer] = any(id(p) in mine for g in groups for p in g["params"])
-        return self._owned[optimizer]
+        """Whether it moves the tracked blocks, or other parts if those are frozen."""
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        # Groups may be added later, when layers are unfrozen.
+        known = self._owned.get(optimizer)
+        if known is None or known[0] != len(held):
+            tracked = [p for b in self.blocks for part in b.parts for p in part.parameters()]
+            frozen = not any(p.requires_grad for p in tracked)
+            mine = {id(p) for p in (self._model.parameters() if frozen else tracked)}
+            known = self._owned[optimizer] = (len(held), any(id(p) in mine for p in held))
+        return known[1]
 
     def _close(self) -> None:
         recorder = self._recorder
@@ -276,21 +306,19 @@ class GradientNorms:
             recorder.clear()
             self._advance(1)
             return
-        if not any(has_gradient(slot) for slot in slots):
-            reason = why_no_gradient(slots)
-            recorder.clear()
-            raise NoBackwardError(reason)
-        self._shapes = dict(recorder.shapes)
-        steps, wide = measure(slots, scales, self._resolved_group())
-        ran = {slot.block for slot in slots}
+        # Every rank measures, also one without gradients: the others would wait for it.
+        steps, wide = measure(slots, scales, recorder.outer, self._resolved_group())
         recorder.wide |= wide
         recorder.clear()
+        if not steps:
+            raise NoBackwardError(why_no_gradient(slots))
+        self._shapes = dict(recorder.shapes)
         for offset, calls in enumerate(steps):
             self._records.append(StepRecord.pack(self.num_steps + offset, calls))
         if self._keep is not None:
             del self._records[: -self._keep]
         self._advance(len(steps))
-        self._warn(ran)
+        self._warn(slots)
 
     def _advance(self, count: int) -> None:
         self.num_steps += count
@@ -299,36 +327,20 @@ class GradientNorms:
     def _resolved_group(self) -> Any:
         if self._group != "auto":
             return self._group
-        if not is_parallel(self._model):
+        if not (self._recorder.inside_ddp or is_parallel(self._model)):
             return None
         return torch.distributed.group.WORLD
 
-    def _warn(self, ran: set[int]) -> None:
-        calls = self._records[-1].calls
-        unseen = [b.label for i, b in enumerate(self.blocks) if i not in {c.block for c in calls}]
+    def _warn(self, slots: list[Slot]) -> None:
+        seen = {call.block for call in self._records[-1].calls}
+        unseen = [index for index in range(len(self.blocks)) if index not in seen]
         if unseen and "unseen" not in self._warned:
-            never = [
-                b.label for i, b in enumerate(self.blocks) if b.label in unseen and i not in ran
-            ]
+            ran = {slot.block for slot in slots}
+            never = [self.blocks[index].label for index in unseen if index not in ran]
             if never and is_compiled(self._model):
                 raise HooksNotFiredError(why_nothing_fired(self._model, never))
-            reason = (
-                "They did not run."
-                if len(never) == len(unseen)
-                else "They ran without gradients (frozen, detached, or under torch.no_grad), or "
-                "the loss does not depend on them."
-            )
-            self._warn_once(
-                "unseen", f"No gradient passed through {join_names(unseen)}. {reason}",
-                BlockNotSeenWarning,
-            )  # fmt: skip
-        if len({call.pass_id for call in calls}) > _MANY_PASSES:
-            self._warn_once(
-                "passes",
-                f"More than {_MANY_PASSES} forward passes were recorded as one step, because no "
-                f"optimizer stepped. Call norms.step() after each step of your own.",
-                BlockNotSeenWarning,
-            )
+            names = {index: self.blocks[index].label for index in unseen}
+            self._warn_once("unseen", why_unseen(names, slots), BlockNotSeenWarning)
         if self._scaler is None and "nonfinite" not in self._warned:
             found = history.first_nonfinite(self._records[-1:], self._labels())
             if found is not None:
@@ -346,9 +358,11 @@ class GradientNorms:
         labels = []
         for index, block in enumerate(self.blocks):
             kind, shapes = block.kind, self._shapes.get(index)
-            if kind == "unknown" and shapes and shapes[1] and shapes[0] != shapes[1]:
+            # A single layer that changes the width is no transition between residual blocks.
+            composite = next(block.module.children(), None) is not None
+            if kind == "unknown" and composite and shapes and shapes[1] and shapes[0] != shapes[1]:
                 kind = "transition"
-            labels.append(BlockLabel(block.label, kind, self._levels[index]))
+            labels.append(BlockLabel(block.label, kind, self._containers[index]))
         return labels
 
     def _recorded(self) -> list[StepRecord]:
@@ -369,8 +383,9 @@ class GradientNorms:
             Columns ``step``, ``block``, ``call``, ``quantity``, ``value``, ``kind`` (of the
             block) and ``depth`` (place of the block in the order of execution). Quantities are
             ``grad_in``, ``grad_out``, ``act_in``, ``act_out``, ``ratio``, and ``product``: the
-            product of the ratios of the last block down to this one in one forward pass, over
-            blocks that are nested equally deep.
+            gradient norm at the block's input over that at the output of the last block, in one
+            pass, among blocks that are nested equally deep. In a chain without gaps it is the
+            product of the ratios from there to the end; layers between the blocks count.
         """
         return history.tidy_frame(self._records, self._labels())
 
@@ -395,12 +410,14 @@ class GradientNorms:
         return history.points(found, self._labels())
 
     def scalars(self, prefix: str = "norms/") -> dict[str, float]:
-        """The last sampled step as a flat dict, for any logger.
+        """The last sampled step as a flat dict, for any logger; empty before there is one.
 
         Keys are ``norms/ratio/BLOCK`` and so on, and ``norms/ratio_min``, ``norms/ratio_max``,
         ``norms/mean_deviation`` (mean of ``|1 - ratio|``), ``norms/product``.
         """
-        return history.scalars(self._recorded()[-1], self._labels(), prefix)
+        if not self._records:
+            return {}  # a logger is not worth a run
+        return history.scalars(self._records[-1], self._labels(), prefix)
 
     def first_nonfinite(self) -> NonFinite | None:
         """Where NaN or an infinity came up first, or None if everything was finite."""
@@ -433,15 +450,7 @@ class GradientNorms:
     def __str__(self) -> str:
         if not self._records:
             return f"{len(self.blocks)} blocks, nothing recorded yet\n{self.blocks}"
-        import pandas as pd
-
-        found = self.points()
-        rows = [{"block": p.name, "kind": p.kind, **p.values} for p in found]
-        columns = [c for c in ("block", "kind", "act_in", "act_out", "grad_in", "grad_out",
-                               "ratio", "product") if any(c in row for row in rows)]  # fmt: skip
-        table = pd.DataFrame(rows, columns=columns)
-        text = table.to_string(index=False, float_format="{:.4g}".format, na_rep="-")
-        return f"step {self._records[-1].step}, {len(self._records)} sampled\n{text}"
+        return step_table(self._records, self._labels())
 
     # -- resuming -------------------------------------------------------------------------------
 
@@ -477,17 +486,6 @@ class GradientNorms:
         self.num_steps = state["num_steps"]
         self._recorder.clear()
         self._recorder.listening = self.num_steps % self._every == 0
-
-
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    reference = weakref.WeakMethod(method)
-
-    def call(*arguments: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(*arguments)
-
-    return call
 
 
 def _stop(handle: RemovableHandle, recorder: Recorder) -> None:
