@@ -3,7 +3,7 @@
 #   make PYTHON=python3.12 test           another interpreter
 #   make PIP_ARGS="..." reproduce         further options for pip, for instance
 #       "--extra-index-url https://download.pytorch.org/whl/cpu"  for a small CPU-only torch
-#   make ARGS="--data mnist" reproduce    further options for the experiment
+#   make ARGS="--data mnist" reproduce    further options for the experiments
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +16,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce test lint wheel clean
+.PHONY: help reproduce bench test lint wheel clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,9 @@ help:  ## Show this list
 reproduce: $(VENV)/.installed-experiments  ## Install, measure, print the verdicts, draw the figures
 	$(BIN)/python -m experiments shortcut_depth $(ARGS)
 	$(BIN)/python -m experiments norm_preservation $(ARGS)
+
+bench: $(VENV)/.installed-bench  ## Install other tools too, and measure what tracking costs beside them
+	$(BIN)/python -m benchmarks.gradient_norms --peers $(ARGS)
 
 test: $(VENV)/.installed-test  ## Install and run the tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,0 +1,1 @@
+"""What measuring costs, against the bare training step and beside other tools."""
