@@ -15,7 +15,7 @@ import torch
 from experiments import norm_preservation, registry
 from experiments.data import load
 from experiments.errors import DataFormatError
-from experiments.norm_preservation import Sizes, laboratory, statements, verdicts
+from experiments.norm_preservation import Sizes, laboratory, readings, statements, verdicts
 from experiments.norm_preservation.laboratory import Laboratory
 from experiments.sweep import RunInterrupted
 
@@ -89,15 +89,20 @@ def stored(options):
 
 
 def test_what_is_exact_holds_at_any_size(decided):
-    for name in (
+    checks = [c.id for c in norm_preservation.claims() if c.statement.startswith(statements.CHECK)]
+    assert checks == [
         "t0.ratio", "t0.skip", "t0.bound", "t1.remainder", "t1.ratio", "t1.product",
         "conv.isometric",
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for name in checks:
         assert decided[name].value == "holds", name
 
 
 def test_what_needs_depth_is_not_decided_by_a_shallow_sweep(decided):
-    for name in ("conv.rate", "conv.constant", "conv.outliers", "conv.animation"):
+    for name in (
+        "conv.rate", "conv.constant", "conv.proc-closer", "conv.outliers", "conv.downsamplings",
+        "conv.downsamplings-farthest", "conv.first", "conv.animation",
+    ):  # fmt: skip
         assert decided[name].value == "not decided", name
 
 
@@ -149,6 +154,109 @@ def test_results_that_contradict_the_claims_fail(decided, options):
     ):  # fmt: skip
         assert wrong[name].value == "fails", name
     assert wrong["t1.product"].value == "holds"  # its numbers were not changed
+    for name in ("rate", "at-least", "constant", "max", "product", "scaled"):
+        verdict = wrong[f"train.{name}"]
+        assert verdict.value == "not decided"
+        assert "did not train" in verdict.note
+
+
+def test_claims_about_training_ask_whether_the_nets_they_are_about_have_trained(decided, options):
+    measured = copy.deepcopy(stored(options))
+    for cell, result in measured:
+        if cell["part"] == "mlp train":
+            result["loss"] = result["chance"] * (0.1 if cell["net"] == "skip, BN" else 0.6)
+    found = {v.claim.id: v for v in verdicts.decide_claims(measured)}
+    for name in ("rate", "at-least", "constant", "max", "product"):
+        assert "did not train" not in found[f"train.{name}"].note
+    assert found["train.product"].measured > 0
+    assert "did not train: net=skip, scaled" in found["train.scaled"].note
+
+
+def as_if_deep(measured, **ratios):
+    """The convolutional cells with n = 18 and a second seed; mean deviations as given by net."""
+    found = []
+    for cell, result in measured:
+        if cell["part"] == "conv init" and cell["net"] in ratios:
+            first, down, identity, largest = ratios[cell["net"]]
+            changed = copy.deepcopy(result)
+            changed["first_block"]["mean"] = first
+            changed["downsampling"]["mean"] = down
+            changed["transition"]["mean"] = (first + 2 * down) / 3
+            changed["identity"] |= {"mean": identity, "max": largest}
+            found += [({**cell, "n": 18, "seed": seed}, changed) for seed in (0, 1)]
+    return found
+
+
+def test_the_first_block_does_not_decide_about_the_downsamplings(decided, options):
+    nets = {"ResNet": (2.0, 0.3, 0.2, 0.6), "ProcResNet": (4.8, 0.01, 0.1, 4.8)}
+    deep = as_if_deep(stored(options), **nets)
+    found = {v.claim.id: v for v in verdicts.decide_claims(deep)}
+    assert found["conv.outliers"].value == "holds"
+    assert found["conv.downsamplings"].value == "fails"
+    assert found["conv.downsamplings"].measured == pytest.approx(1.5)
+    assert found["conv.downsamplings-farthest"].value == "fails"
+    assert found["conv.downsamplings-farthest"].measured == pytest.approx(0.5)
+    assert found["conv.first"].value == "fails"
+    assert found["conv.first"].measured == pytest.approx(2.4)
+    assert "rests on the first block" in found["conv.outliers"].note
+
+
+def test_repair_compares_downsamplings_with_downsamplings(decided, options):
+    measured = copy.deepcopy(stored(options))
+    for cell, result in measured:
+        if cell["part"] == "conv train":
+            result["training"]["downsampling"]["mean"] = 0.2
+            result["training"]["transition"]["mean"] = 1.0 if cell["net"] == "ResNet" else 0.2
+    found = {v.claim.id: v for v in verdicts.decide_claims(measured)}
+    assert found["conv.train-repair"].measured == pytest.approx(1.0)
+
+
+def test_a_training_at_chance_decides_nothing_about_convolutional_nets(decided, options):
+    measured = copy.deepcopy(stored(options))
+    for cell, result in measured:
+        if cell["part"] == "conv train":
+            result["loss"] = 0.95 * result["chance"]
+    found = {v.claim.id: v for v in verdicts.decide_claims(measured)}
+    for name in ("outliers", "downsamplings", "repair", "identity"):
+        assert found[f"conv.train-{name}"].value == "not decided"
+        assert "did not train" in found[f"conv.train-{name}"].note
+
+
+def test_titles_are_the_verdicts(decided):
+    from experiments.norm_preservation.figures import _Titles
+
+    titles = _Titles(list(decided.values()))
+    assert titles(("t0.ratio", "a"), ("conv.outliers", "b")) == "a: holds\nb: not decided"
+    other = dataclasses.replace(decided["t0.ratio"], value="fails")
+    assert _Titles([other])(("t0.ratio", "a")) == "a: fails"
+
+
+def test_spreads_are_not_given_for_one_seed(decided, options):
+    from experiments.norm_preservation.figures import _bars
+
+    cells = [(cell, {}) for cell in norm_preservation.cells(TINY, 2)]
+    one = [pair for pair in cells if pair[0]["seed"] == 0]
+    assert _bars(("a", one), ("b", one)) == "one seed"
+    assert _bars(("a", cells), ("b", cells)) == "bars: range over 2 seeds"
+    assert _bars(("a", cells), ("b", one)) == "bars: range over seeds (2 a, 1 b)"
+    first = [(c, r) for c, r in stored(options) if c["seed"] == 0]
+    note = {v.claim.id: v.note for v in verdicts.decide_claims(first)}["init.rate"]
+    assert "one seed" in note
+    assert "±" not in note
+    assert "±" in decided["init.rate"].note
+
+
+def test_a_number_of_seeds_that_is_asked_for_is_used_for_every_cell():
+    def seeds(number):
+        found = {}
+        for cell in norm_preservation.cells(TINY, number):
+            found.setdefault(cell["part"], set()).add(cell["seed"])
+        return {part: len(some) for part, some in found.items()}
+
+    assert seeds(TINY.seeds)["jacobian"] == 1
+    assert seeds(TINY.seeds)["mlp init"] == 2
+    assert set(seeds(3).values()) == {3}
+    assert set(seeds(1).values()) == {1}
 
 
 def test_a_diverged_training_is_a_result_and_counts_against_the_claim(decided, options):
@@ -166,12 +274,12 @@ def test_a_diverged_training_is_a_result_and_counts_against_the_claim(decided, o
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
 def test_the_exponent_of_a_power_of_the_rate_is_found(exponent):
     curve = {d: 3 * (math.log(2 * d) / d) ** exponent for d in (4, 8, 16)}
-    assert verdicts.rate_exponent(curve) == pytest.approx(exponent, abs=1e-12)
+    assert readings.rate_exponent(curve) == pytest.approx(exponent, abs=1e-12)
 
 
 def test_values_without_a_logarithm_have_no_exponent():
-    assert math.isnan(verdicts.rate_exponent({4: 0.0, 8: 1.0}))
-    assert math.isnan(verdicts.rate_exponent({4: 1.0}))
+    assert math.isnan(readings.rate_exponent({4: 0.0, 8: 1.0}))
+    assert math.isnan(readings.rate_exponent({4: 1.0}))
 
 
 def test_windows_cover_the_training_once():
@@ -192,6 +300,9 @@ def test_ratios_are_summed_up_step_by_step():
     split = laboratory.split_summary(frame, ["a"])
     assert split["identity"]["mean"] == 0.0
     assert split["transition"]["mean"] == pytest.approx(0.75)
+    assert split["first_block"] == split["transition"]
+    assert "downsampling" not in split
+    assert laboratory.split_summary(frame, ["b"])["downsampling"]["mean"] == 0.0
 
 
 def test_the_constants_of_the_claims_are_those_of_the_theory():

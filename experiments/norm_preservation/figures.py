@@ -10,14 +10,17 @@ import numpy as np
 import pandas as pd
 
 from conditioning import plots
-from experiments.norm_preservation.statements import CONSTANT
-from experiments.norm_preservation.verdicts import (
+from experiments.claims import Verdict
+from experiments.norm_preservation.convolutional import products_compared
+from experiments.norm_preservation.readings import (
     FIRST_DEPTH,
     Pair,
     constants,
     curves,
+    has_learnt,
     parts,
 )
+from experiments.norm_preservation.statements import CONSTANT
 from experiments.report import atomic_write
 
 _LOOKS: Mapping[str, tuple[str, Any, str]] = {
@@ -38,7 +41,7 @@ MLPS = ("skip, BN", "skip, scaled", "skip", "plain, BN")
 
 def _summary_row(cell: Mapping[str, Any], moment: str, found: Mapping[str, Any]) -> dict[str, Any]:
     row = {**cell, "moment": moment}
-    for blocks in ("", "identity", "transition"):
+    for blocks in ("", "identity", "transition", "downsampling", "first_block"):
         some = found.get(blocks) if blocks else found
         if some is not None:
             prefix = f"{blocks}_" if blocks else ""
@@ -100,13 +103,40 @@ def _write(path: Path, frame: pd.DataFrame) -> None:
 # -- figures --------------------------------------------------------------------------------
 
 
-def draw(out: Path, measured: Sequence[Pair], data: str) -> None:
-    """Draw the figures for which there are measurements."""
+class _Titles:
+    """Titles that say what is claimed and what the verdict is, never more."""
+
+    def __init__(self, verdicts: Sequence[Verdict]) -> None:
+        self._values = {verdict.claim.id: verdict.value for verdict in verdicts}
+
+    def __call__(self, *claims: tuple[str, str]) -> str:
+        """Lines such as ``mean ~ log(2L)/L: holds`` from ids of claims and what they say."""
+        return "\n".join(f"{text}: {self._values[claim]}" for claim, text in claims)
+
+
+def draw(out: Path, measured: Sequence[Pair], data: str, verdicts: Sequence[Verdict]) -> None:
+    """Draw the figures for which there are measurements, with the verdicts in their titles."""
+    titles = _Titles(verdicts)
     with plots.style():
-        _deviations(out / "mean_deviation.png", measured, data)
-        _ratios(out / "ratios_in_training.png", measured, data)
-        _products(out / "products.png", measured, data)
-        _jacobians(out / "jacobians.png", measured, data)
+        _deviations(out / "mean_deviation.png", measured, data, titles)
+        _ratios(out / "ratios_in_training.png", measured, data, titles)
+        _products(out / "products.png", measured, data, titles)
+        _jacobians(out / "jacobians.png", measured, data, titles)
+
+
+def _num_seeds(cells: Sequence[Pair]) -> int:
+    return len({cell["seed"] for cell, _ in cells})
+
+
+def _bars(*groups: tuple[str, Sequence[Pair]]) -> str:
+    """What the bars are: nothing if every cell has one seed."""
+    counts = {label: _num_seeds(cells) for label, cells in groups if cells}
+    if max(counts.values(), default=1) == 1:
+        return "one seed"
+    if len(set(counts.values())) == 1:
+        return f"bars: range over {max(counts.values())} seeds"
+    shown = ", ".join(f"{count} {label}" for label, count in counts.items())
+    return f"bars: range over seeds ({shown})"
 
 
 def _depth_axis(ax: Any, depths: Sequence[int], label: str) -> None:
@@ -139,19 +169,25 @@ def _curve(
     ax.errorbar(depths, means, yerr=[means - low, high - means], capsize=2, **{**options, **more})
 
 
-def _deviations(path: Path, measured: Sequence[Pair], data: str) -> None:
+def _deviations(path: Path, measured: Sequence[Pair], data: str, titles: _Titles) -> None:
     figure, axes = plots.new_axes(2, width=6.0, height=4.8)
     initial = [(c, r) for c, r in parts(measured, "mlp init") if c["width"] == 32]
     trained = parts(measured, "mlp train")
-    stuck = {(c["net"], c["L"]) for c, r in trained if not _has_learnt(r)}
-    titles = (
-        "At initialisation: with skip and BN the mean falls as\nlog(2L)/L, the largest |1 − r| "
-        "does not fall",
-        "In training: with skip and BN the mean falls at least as\nfast, the largest more slowly",
+    stuck = {(c["net"], c["L"]) for c, r in trained if not has_learnt(r)}
+    heads = (
+        "At initialisation, with skip and BN\n"
+        + titles(
+            ("init.rate", "mean ~ log(2L)/L"), ("init.max", "largest over blocks ~ log(2L)/L")
+        ),
+        "In training, with skip and BN\n"
+        + titles(
+            ("train.at-least", "mean falls at least as log(2L)/L"),
+            ("train.max", "largest over blocks ~ log(2L)/L"),
+        ),
     )
     sides = (initial, [(c, r["training"]) for c, r in trained])
     depths = sorted({c["L"] for c, _ in [*initial, *trained]})
-    for ax, cells, title in zip(axes, sides, titles, strict=True):
+    for ax, cells, title in zip(axes, sides, heads, strict=True):
         aside = stuck if ax is axes[1] else set()
         for net in MLPS:
             some = [(c, r) for c, r in cells if c["net"] == net]
@@ -185,7 +221,8 @@ def _deviations(path: Path, measured: Sequence[Pair], data: str) -> None:
     axes[1].legend(
         [handles[i] for i in kept], [labels[i] for i in kept], loc="lower left", fontsize="small"
     )
-    figure.suptitle(f"MLPs of width 32 on {data}; bars: range over seeds", x=0.01, ha="left")
+    bars = _bars(("at initialisation", initial), ("in training", trained))
+    figure.suptitle(f"MLPs of width 32 on {data}; {bars}", x=0.01, ha="left")
     plots.save(figure, path)
 
 
@@ -193,21 +230,17 @@ def _mean(result: Mapping[str, Any]) -> float:
     return float(result["mean"])
 
 
-def _has_learnt(result: Mapping[str, Any]) -> bool:
-    return bool(result["status"] == "finished" and result["loss"] < 0.5 * result["chance"])
-
-
 def _law(ax: Any, cells: Sequence[Pair]) -> None:
-    """``c log(2L)/L`` with the constant of the cells from L = 4 on, and its spread over seeds."""
+    """``c log(2L)/L`` with the mean factor of the cells from L = 4 on."""
     by_seed = curves([(c, r) for c, r in cells if c["L"] >= FIRST_DEPTH], _mean)
     if not by_seed:
         return
     found = [float(np.mean(list(constants(curve).values()))) for curve in by_seed.values()]
-    c, spread = float(np.mean(found)), float(np.std(found))
+    c = float(np.mean(found))
     dense = np.geomspace(min(c["L"] for c, _ in cells), max(c["L"] for c, _ in cells), 100)
     ax.plot(
         dense, [c * np.log(2 * d) / d for d in dense], color="0.35", linestyle="--", linewidth=1,
-        label=f"c·log(2L)/L, c = {c:.2f} ± {spread:.2f}",
+        label=f"c·log(2L)/L, c fitted {c:.2f}",
     )  # fmt: skip
 
 
@@ -218,13 +251,19 @@ def _same_limits(axes: Sequence[Any]) -> None:
         ax.set_ylim(low, high)
 
 
-def _ratios(path: Path, measured: Sequence[Pair], data: str) -> None:
+def _ratios(path: Path, measured: Sequence[Pair], data: str, titles: _Titles) -> None:
     trained = parts(measured, "conv train")
     n = max((c["n"] for c, _ in trained), default=0)
     figure, axes = plots.new_axes(2, width=6.4, height=4.6)
-    facts = {
-        "ResNet": "transitions are the outliers",
-        "ProcResNet": "transitions stay near 1, the first block not",
+    heads = {
+        "ResNet": titles(
+            ("conv.train-outliers", "first block and downsamplings are outliers"),
+            ("conv.train-downsamplings", "downsamplings alone are"),
+        ),
+        "ProcResNet": titles(
+            ("conv.train-repair", "downsamplings are nearer to 1 than ResNet's"),
+            ("conv.train-identity", "identity blocks of both nets approach 1"),
+        ),
     }
     for ax, net in zip(axes, ("ResNet", "ProcResNet"), strict=True):
         results = [r for c, r in trained if c["net"] == net and c["n"] == n and r["windows"]]
@@ -237,20 +276,27 @@ def _ratios(path: Path, measured: Sequence[Pair], data: str) -> None:
             rows.append(np.exp(np.log(some).mean(axis=0)))
         labels = [f"{a}" if a == b else f"{a}–{b}" for a, b in windows]
         frame = pd.DataFrame(rows, index=labels, columns=results[0]["blocks"])
-        plots.plot_ratios(frame, ax, transitions=results[0]["transitions"])
+        first = results[0]["blocks"][0]
+        plots.plot_ratios(frame, ax, transitions=[first, *results[0]["transitions"]])
+        for line in ax.get_lines():
+            if line.get_label() == "transition":
+                line.set_label("first block and transitions")
+        ax.legend(fontsize="x-small", ncols=2, loc="best")
         depth = 9 * n + (2 if net == "ResNet" else 4)
-        ax.set_title(f"{net}-{depth} on {data}: {facts[net]}")
+        ax.set_title(f"{net}-{depth} on {data}\n{heads[net]}")
         ax.set_ylabel("gradient norm at block input / at output")
     _same_limits(axes)
-    count = len({c["seed"] for c, _ in trained})
+    count = _num_seeds(trained)
+    shown = "one seed" if count == 1 else f"geometric means over {count} seeds"
+    steps = max((r["num_steps"] for _, r in trained), default=0)
     figure.suptitle(
-        f"Gradient-norm ratio of every block along training; geometric means over {count} seeds",
+        f"Gradient-norm ratio of every block along a training of {steps} steps; {shown}",
         x=0.01, ha="left",
     )  # fmt: skip
     plots.save(figure, path)
 
 
-def _products(path: Path, measured: Sequence[Pair], data: str) -> None:
+def _products(path: Path, measured: Sequence[Pair], data: str, titles: _Titles) -> None:
     figure, (left, right) = plots.new_axes(2, width=6.0, height=4.6)
     initial = [(c, r) for c, r in parts(measured, "mlp init") if c["width"] == 32]
     for net in MLPS:
@@ -263,26 +309,51 @@ def _products(path: Path, measured: Sequence[Pair], data: str) -> None:
             dense, (2 * dense) ** CONSTANT, color="0.35", linestyle="--", linewidth=1,
             label=f"(2L)^c, c = α²/2 = {CONSTANT:.2f}",
         )  # fmt: skip
-    left.set_title("MLPs at initialisation: the product is polynomial in L\nonly with skip and BN "
-                   "(or a scaled branch)")  # fmt: skip
+    left.set_title(
+        "MLPs at initialisation\n"
+        + titles(
+            ("init.product", "with skip and BN polynomial in L"),
+            ("plain.product", "without skip exponential (width 128)"),
+        )
+    )
     _depth_axis(left, depths, "L, number of residual blocks")
     conv = parts(measured, "conv init")
     for net in ("ResNet, shortcut × 0.01", "ResNet", "ProcResNet", "ProcResNet, 2×2"):
         some = [(c, r) for c, r in conv if c["net"] == net]
         _curve(right, net, some, lambda r: np.exp(r["log_product"]), "n")
     numbers = sorted({c["n"] for c, _ in conv})
-    right.set_title("Convolutional nets at initialisation: polynomial too,\nwith a smaller product "
-                    "for ProcResNet")  # fmt: skip
+    right.set_title(
+        "Convolutional nets at initialisation\n"
+        + titles(("conv.polynomial", "ResNet, ProcResNet polynomial in depth"))
+        + f"\n{_smaller_product(measured)}"
+    )
     _depth_axis(right, numbers, "number of layers, ResNet / ProcResNet")
     right.set_xticks(numbers, [f"{9 * n + 2}/{9 * n + 4}" for n in numbers])
     for ax in (left, right):
         ax.set_ylabel("gradient norm at first block / after last")
         ax.legend(loc="upper left", fontsize="small")
-    figure.suptitle(f"Product of all ratios on {data}; bars: range over seeds", x=0.01, ha="left")
+    bars = _bars(("MLPs", initial), ("or fewer convolutional", conv))
+    figure.suptitle(f"Product of all ratios on {data}; {bars}", x=0.01, ha="left")
     plots.save(figure, path)
 
 
-def _jacobians(path: Path, measured: Sequence[Pair], data: str) -> None:
+def _smaller_product(measured: Sequence[Pair]) -> str:
+    """Say for which sizes the product is smaller for ProcResNet than for ResNet, same seeds."""
+    quotients = products_compared(measured)
+    sizes = sorted({n for n, _ in quotients})
+    smaller = [
+        n for n in sizes if np.mean([q for (size, _), q in quotients.items() if size == n]) < 1
+    ]
+    if not smaller:
+        return "nowhere smaller for ProcResNet"
+    if smaller == sizes:
+        return "smaller for ProcResNet at every depth"
+    if smaller == sizes[-len(smaller) :]:
+        return f"smaller for ProcResNet from {9 * smaller[0] + 4} layers on"
+    return "smaller for ProcResNet at " + ", ".join(f"{9 * n + 4}" for n in smaller) + " layers"
+
+
+def _jacobians(path: Path, measured: Sequence[Pair], data: str, titles: _Titles) -> None:
     cells = [(c, r) for c, r in parts(measured, "jacobian") if c["seed"] == 0]
     nets = list(dict.fromkeys(c["net"] for c, _ in cells))
     if not nets:
@@ -330,7 +401,14 @@ def _jacobians(path: Path, measured: Sequence[Pair], data: str) -> None:
         loc="outside lower left", ncols=3, fontsize="small",
     )  # fmt: skip
     figure.suptitle(
-        f"Every measured ratio lies between the extreme singular values of its block ({data})",
+        titles(
+            (
+                "t0.ratio",
+                "Instrument check: measured ratios lie between the extreme singular values of "
+                "their blocks",
+            )
+        )
+        + f" ({data}, one seed)",
         x=0.01, ha="left",
     )  # fmt: skip
     plots.save(figure, path)

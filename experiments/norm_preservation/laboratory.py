@@ -314,12 +314,24 @@ def summary(ratios: np.ndarray) -> dict[str, Any]:
 
 
 def split_summary(frame: pd.DataFrame, transitions: Sequence[str]) -> dict[str, Any]:
-    """The same, with the identity skips and the transitions apart; the product is over both."""
+    """The same, and for some blocks apart; the product is over all.
+
+    ``transition`` holds every transition, ``downsampling`` those after the first block;
+    ``first_block`` holds that one, a projection in one net and an identity block in the other, and
+    far from 1 in both; ``identity`` holds all that are no transitions.
+    """
     found = summary(frame.to_numpy())
     if transitions:
-        others = [name for name in frame.columns if name not in set(transitions)]
-        found["identity"] = summary(frame[others].to_numpy())
-        found["transition"] = summary(frame[list(transitions)].to_numpy())
+        first = frame.columns[0]
+        groups = {
+            "identity": [name for name in frame.columns if name not in set(transitions)],
+            "transition": list(transitions),
+            "downsampling": [name for name in transitions if name != first],
+            "first_block": [first],
+        }
+        found |= {
+            group: summary(frame[names].to_numpy()) for group, names in groups.items() if names
+        }
     return found
 
 

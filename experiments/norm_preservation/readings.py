@@ -1,0 +1,129 @@
+"""Numbers of measured cells: which cells, their values over depth, and over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from conditioning.theory import depth_rate
+from experiments.claims import NOT_DECIDED, Claim, Measured, Verdict, decide, over_runs
+from experiments.norm_preservation.statements import CLAIMS
+from experiments.sweep import describe
+
+Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
+Curve = Mapping[int, float]
+BY_ID = {claim.id: claim for claim in CLAIMS}
+# At L = 2 the first block, which obeys no law, is half of the net.
+FIRST_DEPTH = 4
+# Final losses, in units of that of guessing: below the first a net has learnt, from the second on
+# it is at chance.
+LEARNT = 0.5
+AT_CHANCE = 0.9
+
+
+def parts(measured: Sequence[Pair], part: str, **where: Any) -> list[Pair]:
+    """The cells of a kind, with the given entries."""
+    return [
+        (cell, result)
+        for cell, result in measured
+        if cell["part"] == part and all(cell.get(k) == v for k, v in where.items())
+    ]
+
+
+def name(cell: Mapping[str, Any]) -> str:
+    """A cell for a reader, without its kind."""
+    return describe({key: value for key, value in cell.items() if key != "part"})
+
+
+def curves(
+    cells: Iterable[Pair], value: Callable[[Mapping[str, Any]], float], key: str = "L"
+) -> dict[int, dict[int, float]]:
+    """For each seed a value at each depth."""
+    found: dict[int, dict[int, float]] = defaultdict(dict)
+    for cell, result in cells:
+        found[cell["seed"]][cell[key]] = value(result)
+    return dict(found)
+
+
+def slope(curve: Curve, x: Callable[[int], float], y: Callable[[float], float]) -> float:
+    """Slope of the least-squares line through ``(x(L), y(value))``; NaN for fewer than 2 points."""
+    depths = sorted(curve)
+    values = np.array([y(curve[depth]) for depth in depths])
+    if len(depths) < 2 or not np.isfinite(values).all():
+        return math.nan
+    return float(np.polyfit([x(depth) for depth in depths], values, 1)[0])
+
+
+def rate_exponent(curve: Curve) -> float:
+    """Exponent of a value in powers of ``log(2L)/L``."""
+    return slope(curve, lambda depth: math.log(depth_rate(depth)), log)
+
+
+def log(value: float) -> float:
+    """Natural logarithm; NaN where there is none."""
+    return math.log(value) if value > 0 else math.nan
+
+
+def depths_of(by_seed: Mapping[int, Curve]) -> str:
+    """The range of depths, for a reader."""
+    depths = sorted({depth for curve in by_seed.values() for depth in curve})
+    return f"L = {depths[0]} ... {depths[-1]}" if depths else ""
+
+
+def decide_over_seeds(
+    claim: Claim, by_seed: Mapping[int, Curve], value: Callable[[Curve], float], note: str = ""
+) -> Verdict:
+    """Decide a claim about a number that each seed's curve has."""
+    found = [value(curve) for curve in by_seed.values()]
+    return decide(claim, over_runs(found, run=f"all seeds, {depths_of(by_seed)}"), note=note)
+
+
+def geometric(quotients: Sequence[float], **more: Any) -> Measured:
+    """Geometric mean of positive numbers and its confidence interval."""
+    logs = over_runs([log(quotient) for quotient in quotients], **more)
+    low, high = logs.enclosure
+    return Measured(
+        math.exp(logs.value), math.exp(low), math.exp(high), num_runs=logs.num_runs, run=logs.run
+    )
+
+
+def means(by_seed: Mapping[int, Curve], key: str = "L", label: str = "") -> list[Measured]:
+    """At each depth the mean over seeds."""
+    depths = sorted({depth for curve in by_seed.values() for depth in curve})
+    return [
+        over_runs([c[depth] for c in by_seed.values() if depth in c], run=f"{label}{key}={depth}")
+        for depth in depths
+    ]
+
+
+def constants(curve: Curve) -> dict[int, float]:
+    """Mean deviations as multiples of ``log(2L)/L``."""
+    return {depth: value / depth_rate(depth) for depth, value in curve.items()}
+
+
+# -- trainings ----------------------------------------------------------------------------------
+
+
+def loss(result: Mapping[str, Any]) -> float:
+    """Final loss in units of that of guessing; infinite if the training diverged."""
+    return math.inf if result["status"] == "diverged" else result["loss"] / result["chance"]
+
+
+def has_learnt(result: Mapping[str, Any], limit: float = LEARNT) -> bool:
+    """Whether a training ended with a loss below ``limit`` times that of guessing."""
+    return bool(result["status"] == "finished" and loss(result) < limit)
+
+
+def if_trained(verdict: Verdict, cells: Iterable[Pair], limit: float = LEARNT) -> Verdict:
+    """Withdraw a verdict about training if one of these nets did not train."""
+    stuck = [name(cell) for cell, result in cells if not has_learnt(result, limit)]
+    if not stuck:
+        return verdict
+    shown = ", ".join(stuck[:4]) + (f" and {len(stuck) - 4} more" if len(stuck) > 4 else "")
+    notes = [f"did not train: {shown}", *([verdict.note] if verdict.note else [])]
+    return replace(verdict, value=NOT_DECIDED, note="; ".join(notes))
