@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from conditioning.blocks import Block, Blocks, find_blocks, select_blocks
-from conditioning.errors import BlockSelectionError
+from conditioning.errors import BlockSelectionError, InvalidArgumentError
 
 STAGES = ("stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1")
 
@@ -261,3 +261,11 @@ def test_a_module_of_its_own_class_between_units_is_a_block_too():
     model = nn.Sequential(*layers)
     assert find_blocks(model).names == ("1", "2", "3", "4")
     assert find_blocks(model, torch.randn(2, 3)).names == ("1", "2", "3", "4")
+
+
+def test_what_is_no_model_is_told():
+    for wrong in ("model", None, [nn.Linear(2, 2)]):
+        with pytest.raises(InvalidArgumentError, match=r"nn\.Module"):
+            find_blocks(wrong)
+    with pytest.raises(BlockSelectionError, match="inputs="):
+        select_blocks(nn.Linear(2, 2), torch.ones(1, 2))

@@ -155,7 +155,7 @@ class TestUse:
             GradientNorms(model)
 
     def test_a_batch_in_the_place_of_blocks(self):
-        with pytest.raises(InvalidArgumentError, match="inputs="):
+        with pytest.raises(BlockSelectionError, match="inputs="):
             GradientNorms(chain(), BATCH)
 
     def test_a_tracker_runs_once_at_a_time(self):

@@ -7,12 +7,12 @@ import fnmatch
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from conditioning.blocks.block import Block, Blocks
 from conditioning.blocks.measure import Measurement
 from conditioning.blocks.structure import Node, Tree, structural_blocks
-from conditioning.errors import BlockSelectionError
+from conditioning.errors import BlockSelectionError, InvalidArgumentError
 
 
 def find_blocks(model: nn.Module, inputs: Any = None) -> Blocks:
@@ -56,6 +56,7 @@ def find_blocks(model: nn.Module, inputs: Any = None) -> Blocks:
     0-1    Linear+ReLU  plain  5x3 -> 5x4       3 -> 4 features
     2      Linear       plain  5x4 -> 5x2       4 -> 2 features
     """
+    _check(model)
     tree = Tree(model)
     found = structural_blocks(tree) if inputs is None else Measurement(model, inputs, tree).blocks()
     if not found:
@@ -98,6 +99,10 @@ def select_blocks(model: nn.Module, blocks: Any = None, inputs: Any = None) -> B
     >>> select_blocks(model, ["0-1", "2"]).names
     ('0-1', '2')
     """
+    _check(model)
+    if isinstance(blocks, Tensor):
+        msg = "blocks is a tensor: a sample batch is given as inputs=..."
+        raise BlockSelectionError(msg)
     if blocks is None:
         return find_blocks(model, inputs)
     tree = Tree(model)
@@ -117,6 +122,12 @@ def select_blocks(model: nn.Module, blocks: Any = None, inputs: Any = None) -> B
     if inputs is None:
         return Blocks(ordered)
     return Blocks(Measurement(model, inputs, tree).describe(ordered))
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        msg = f"model must be an nn.Module, got {type(model).__name__}."
+        raise InvalidArgumentError(msg)
 
 
 def _resolve(tree: Tree, blocks: Any) -> Iterator[Block]:

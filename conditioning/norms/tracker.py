@@ -172,12 +172,6 @@ class GradientNorms:
             if value not in known:
                 msg = f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}."
                 raise InvalidArgumentError(msg)
-        if not isinstance(model, nn.Module):
-            msg = f"model must be an nn.Module, got {type(model).__name__}."
-            raise InvalidArgumentError(msg)
-        if isinstance(blocks, torch.Tensor):
-            msg = "blocks is a tensor: a sample batch is given as inputs=..."
-            raise InvalidArgumentError(msg)
         self._model = model
         self.blocks: Blocks = select_blocks(model, blocks, inputs)
         self._every = every

@@ -88,7 +88,7 @@ PRESETS = {
     "quick": Sizes(
         summary="MLPs up to 64 blocks, ResNet-164 and ProcResNet-166 at initialisation, 56 and 58 "
         "layers trained for 50 steps; 8 seeds, but 5 of convolutional and linear nets, 3 of "
-        "trained ones, 1 of Jacobians (--seeds N: N of each); some minutes on two cores",
+        "trained ones, 1 of Jacobians (--seeds N: N of each); a minute or two on two cores",
         seeds=8,
         linear=(2, 4, 8, 16, 32, 64, 128, 256),
         mlp=(2, 4, 8, 16, 32, 64),
