@@ -12,6 +12,8 @@ from experiments.errors import StoreError
 from experiments.store import CellStore, canonical, fingerprint
 
 Cell = Mapping[str, Any]
+# A cell and what was measured in it.
+Pair = tuple[Cell, Mapping[str, Any]]
 
 # Without a terminal there is no bar to redraw: a line this often tells that the run is alive.
 _SECONDS_BETWEEN_LINES = 20.0
@@ -131,6 +133,20 @@ def _restore(states: tuple[Any, Any, Any, Any]) -> None:
 def describe(cell: Cell) -> str:
     """Write a cell for a reader, such as ``n=2 L=64``."""
     return " ".join(f"{key}={value}" for key, value in cell.items())
+
+
+def parts(measured: Sequence[Pair], part: str, **where: Any) -> list[Pair]:
+    """Pick the cells of a kind, their entry ``part``, with the given other entries."""
+    return [
+        (cell, result)
+        for cell, result in measured
+        if cell["part"] == part and all(cell.get(k) == v for k, v in where.items())
+    ]
+
+
+def name(cell: Cell) -> str:
+    """Write a cell for a reader, without its kind."""
+    return describe({key: value for key, value in cell.items() if key != "part"})
 
 
 class _Progress:

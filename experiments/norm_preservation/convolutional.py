@@ -18,14 +18,12 @@ from experiments.norm_preservation.readings import (
     AT_CHANCE,
     BY_ID,
     Curve,
-    Pair,
     curves,
     geometric,
     if_trained,
     loss,
-    name,
-    parts,
 )
+from experiments.sweep import Pair, name, parts
 
 # The smallest net of which the page's pictures are: 164 and 166 layers.
 DEEP = 18

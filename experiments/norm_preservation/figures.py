@@ -14,14 +14,13 @@ from experiments.claims import Verdict
 from experiments.norm_preservation.convolutional import products_compared
 from experiments.norm_preservation.readings import (
     FIRST_DEPTH,
-    Pair,
     constants,
     curves,
     has_learnt,
-    parts,
 )
 from experiments.norm_preservation.statements import CONSTANT
 from experiments.report import atomic_write
+from experiments.sweep import Pair, parts
 
 _LOOKS: Mapping[str, tuple[str, Any, str]] = {
     "skip, BN": ("skip and BN", plots.PALETTE[0], "o"),

@@ -13,9 +13,8 @@ import numpy as np
 from conditioning.theory import depth_rate
 from experiments.claims import NOT_DECIDED, Claim, Measured, Verdict, decide, over_runs
 from experiments.norm_preservation.statements import CLAIMS
-from experiments.sweep import describe
+from experiments.sweep import Pair, name
 
-Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
 Curve = Mapping[int, float]
 BY_ID = {claim.id: claim for claim in CLAIMS}
 # At L = 2 the first block, which obeys no law, is half of the net.
@@ -24,20 +23,6 @@ FIRST_DEPTH = 4
 # it is at chance.
 LEARNT = 0.5
 AT_CHANCE = 0.9
-
-
-def parts(measured: Sequence[Pair], part: str, **where: Any) -> list[Pair]:
-    """The cells of a kind, with the given entries."""
-    return [
-        (cell, result)
-        for cell, result in measured
-        if cell["part"] == part and all(cell.get(k) == v for k, v in where.items())
-    ]
-
-
-def name(cell: Mapping[str, Any]) -> str:
-    """A cell for a reader, without its kind."""
-    return describe({key: value for key, value in cell.items() if key != "part"})
 
 
 def curves(

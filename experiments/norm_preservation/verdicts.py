@@ -16,7 +16,6 @@ from experiments.norm_preservation.readings import (
     BY_ID,
     FIRST_DEPTH,
     Curve,
-    Pair,
     constants,
     curves,
     decide_over_seeds,
@@ -26,12 +25,11 @@ from experiments.norm_preservation.readings import (
     log,
     loss,
     means,
-    name,
-    parts,
     rate_exponent,
     slope,
 )
 from experiments.norm_preservation.statements import CLAIMS, CONSTANT
+from experiments.sweep import Pair, name, parts
 
 
 def _at_every_depth(

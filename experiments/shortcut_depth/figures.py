@@ -12,7 +12,8 @@ import torch
 
 from conditioning import Estimate, plots, theory
 from experiments.report import atomic_write
-from experiments.shortcut_depth.verdicts import Pair, number, parts
+from experiments.shortcut_depth.verdicts import number
+from experiments.sweep import Pair, parts
 
 _COLORS = {
     "n = 2": plots.PALETTE[0],

@@ -20,9 +20,8 @@ from experiments.claims import (
     over_runs,
 )
 from experiments.shortcut_depth.statements import CLAIMS
-from experiments.sweep import describe
+from experiments.sweep import Pair, name, parts
 
-Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
 _BY_ID = {claim.id: claim for claim in CLAIMS}
 
 
@@ -34,20 +33,6 @@ def number(value: Any) -> float:
 def enclosed(result: Mapping[str, Any], **more: Any) -> Measured:
     """A stored estimate as a measurement."""
     return Measured(number(result["value"]), number(result["low"]), number(result["high"]), **more)
-
-
-def parts(measured: Sequence[Pair], part: str, **where: Any) -> list[Pair]:
-    """The cells of a kind, with the given entries."""
-    return [
-        (cell, result)
-        for cell, result in measured
-        if cell["part"] == part and all(cell.get(k) == v for k, v in where.items())
-    ]
-
-
-def name(cell: Mapping[str, Any]) -> str:
-    """A cell for a reader, without its kind."""
-    return describe({key: value for key, value in cell.items() if key != "part"})
 
 
 def decide_claims(measured: Sequence[Pair], context: Mapping[str, Any]) -> list[Verdict]:
