@@ -68,8 +68,9 @@ class _Hook:
     """A hook that does not travel: copies and pickles of the module get one that does nothing."""
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self._function = _uncompiled(function)
+        self._function = function
 
+    @_uncompiled
     def __call__(self, *args: Any) -> None:
         self._function(*args)
 
