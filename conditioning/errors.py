@@ -91,6 +91,26 @@ class BlockSelectionError(ConditioningError, ValueError):
     """``blocks`` names or matches nothing in the model, or no block can be found in it."""
 
 
+class UnsupportedLayerError(ConditioningError, TypeError):
+    """A layer whose weight does not say what it computes, or one of another kind."""
+
+
+class LayerSelectionError(ConditioningError, ValueError):
+    """A name or pattern matches no layer, or no transition layer was found."""
+
+
+class ParametrizedWeightError(ConditioningError, TypeError):
+    """The weight of a layer is computed from other parameters, so it cannot be set."""
+
+
+class RankDeficientWeightError(ConditioningError, ValueError):
+    """A weight has singular values that are zero to rounding: its polar factor is not unique."""
+
+
+class OptimizerMismatchError(ConditioningError, ValueError):
+    """An optimizer does not own a weight that is to be changed after its steps."""
+
+
 class HooksNotFiredError(ConditioningError, RuntimeError):
     """No tracked block ran in a step: compiled before tracking, unused, or without gradients."""
 
