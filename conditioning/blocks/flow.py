@@ -40,6 +40,8 @@ class Residual:
         What the skip goes through where it is no identity.
     call : int
         The innermost module call that contains all of it.
+    skip_path : frozenset of int
+        The part of ``path`` that the skip goes through where it is no identity.
     """
 
     op: int
@@ -51,6 +53,7 @@ class Residual:
     scale: float
     through: tuple[str, ...]
     call: int
+    skip_path: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,7 @@ class Flow:
                 scale=factor if identity else 1.0,
                 through=() if identity else self.names(skip),
                 call=self._around(index, left_path | right_path),
+                skip_path=frozenset() if identity else skip,
             )
         return None
 

@@ -69,6 +69,16 @@ class Measurement:
         """What ran."""
         return self._flow.ops
 
+    @property
+    def flow(self) -> Flow:
+        """From where to where."""
+        return self._flow
+
+    @property
+    def units(self) -> list[Unit]:
+        """The residual units, in the order in which they ran."""
+        return self._units.chosen
+
     def residuals(self, block: Block) -> list[list[Residual]]:
         """Additions of a block, call by call; of a branch, those of its output to its input."""
         node = self._node(block.module)

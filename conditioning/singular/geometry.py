@@ -72,26 +72,28 @@ class Geometry:
         return math.prod(self.kernel)
 
     @property
-    def reduced_stride(self) -> Sizes:
-        r"""The stride on the sublattice that a dilated window visits.
+    def window_stride(self) -> Sizes:
+        r"""The stride of windows without gaps that have the same singular values, zeros aside.
 
         With ``g = gcd(s, d)`` the windows of stride ``s`` and dilation ``d`` visit every ``g``-th
         position only, and there they are those of stride ``s/g`` without dilation, up to the order
-        of positions: ``s/g`` and ``d/g`` have no common factor. Singular values other than zero
-        are the same.
+        of positions: ``s/g`` and ``d/g`` have no common factor. Where a kernel is shorter than
+        its stride, the positions between two windows do not matter either.
         """
-        return tuple(s // math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True))
+        return tuple(
+            min(k, s // math.gcd(s, d))
+            for k, s, d in zip(self.kernel, self.stride, self.dilation, strict=True)
+        )
 
     @property
     def rank_per_position(self) -> int:
         """Non-zero singular values in one group for each output position of the convolution."""
-        phases = math.prod(map(min, self.kernel, self.reduced_stride))
-        return min(self.rows, self.columns * phases)
+        return min(self.rows, self.columns * math.prod(self.window_stride))
 
     @property
     def overlapping(self) -> bool:
         """Whether windows share inputs, so that the matrix of a window is not the whole story."""
-        return any(k > s for k, s in zip(self.kernel, self.reduced_stride, strict=True))
+        return self.window_stride != self.kernel
 
     @property
     def gains(self) -> tuple[float, float]:

@@ -84,6 +84,7 @@ class Polyphase:
 
     Attributes
     ----------
+    grid, dtype
     multiplicities : Tensor of shape (F,)
         int64; how often each block counts.
     """
@@ -95,7 +96,7 @@ class Polyphase:
         dtype: torch.dtype = torch.complex128,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.grid = grid
+        self.grid, self.dtype = grid, dtype
         chosen = grid.frequencies() if frequencies is None else frequencies
         self.multiplicities = grid.multiplicities(chosen).to(device)
         # exp(-2 pi i f k / N) over sqrt(s), (F, aliases, taps)
@@ -104,7 +105,7 @@ class Polyphase:
     def blocks(self, filters: Tensor) -> Tensor:
         """``B(g)``, ``(..., F, rows, columns * aliases)``, of ``(..., rows, columns, *kernel)``."""
         axes = len(self.grid.kernel)
-        flat = filters.flatten(-axes).to(self._waves.dtype)
+        flat = filters.flatten(-axes).to(self.dtype)
         return torch.einsum("...rck,fjk->...frcj", flat, self._waves).flatten(-2)
 
     def filters(self, blocks: Tensor) -> Tensor:
@@ -116,7 +117,8 @@ class Polyphase:
         split = blocks.unflatten(-1, (-1, self.grid.aliases))
         counted = split * self.multiplicities[:, None, None, None]
         flat = torch.einsum("...frcj,fjk->...rck", counted, self._waves.conj()).real
-        return (flat / math.prod(self.grid.outputs)).unflatten(-1, self.grid.kernel)
+        filters: Tensor = (flat / math.prod(self.grid.outputs)).unflatten(-1, self.grid.kernel)
+        return filters
 
 
 def _waves(grid: Grid, frequencies: Tensor) -> Tensor:

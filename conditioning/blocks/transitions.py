@@ -1,0 +1,99 @@
+"""The layers through which a residual stream changes its shape, and the one that begins it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from conditioning.blocks.measure import Measurement
+from conditioning.blocks.structure import Node, Tree, structural_blocks, width_change
+
+Wanted = Callable[[nn.Module], bool]
+
+
+def transition_layers(
+    model: nn.Module, inputs: Any, wanted: Wanted, *, stem: bool = True
+) -> dict[str, nn.Module]:
+    """Layers on skips that are no identities, bare layers between blocks, and those before them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it was.
+    inputs : Tensor, tuple or dict, or None
+        Of one forward pass, which tells where the skips are. With ``None`` nothing is run: the
+        layers on skips are then those that some of the repeated blocks have and others lack.
+    wanted : callable
+        Says of a module whether it is a layer in question.
+    stem : bool
+        Whether layers before the first block belong to them.
+
+    Returns
+    -------
+    dict of str to nn.Module
+        In the order of the model's modules. Empty if the model has no residual blocks, or no such
+        layers.
+    """
+    tree = Tree(model)
+    modules = (
+        _by_structure(tree, wanted, stem=stem)
+        if inputs is None
+        else _by_running(Measurement(model, inputs, tree), wanted, stem=stem)
+    )
+    found = {module for module in modules if wanted(module)}
+    return {node.name: node.inner for node in tree.nodes.values() if node.inner in found}
+
+
+def _by_running(measured: Measurement, wanted: Wanted, *, stem: bool) -> Iterator[nn.Module]:
+    units, flow = measured.units, measured.flow
+    if not units:
+        return
+    for unit in units:
+        for residual in unit.residuals:
+            yield from _modules(measured, residual.skip_path)
+    inside = {unit.call.module for unit in units}
+    for block in measured.blocks():
+        if block.kind == "transition" and block.module not in inside:
+            for part in block.parts:
+                yield from (module for module in part.modules() if wanted(module))
+    if stem:
+        yield from _modules(measured, flow.back(units[0].source.op, ()).met)
+
+
+def _modules(measured: Measurement, ops: Iterable[int]) -> Iterator[nn.Module]:
+    """Modules in which features are mixed on a way."""
+    flow = measured.flow
+    for op in ops:
+        call = flow.ops[op].call
+        if flow.ops[op].mixing and call >= 0:
+            yield flow.calls[call].module
+
+
+def _by_structure(tree: Tree, wanted: Wanted, *, stem: bool) -> Iterator[nn.Module]:
+    found = (tree.of(block.module) for block in structural_blocks(tree))
+    units = [node for node in found if node is not None and node.children]
+    if not units:
+        return
+    layers = [(node, _relative(node, wanted)) for node in units]
+    alike = Counter(type(node.inner) for node in units)
+    having = Counter((type(node.inner), name) for node, inside in layers for name in inside)
+    for node, inside in layers:
+        kind = type(node.inner)
+        yield from (m for name, m in inside.items() if having[kind, name] < alike[kind])
+    inside_units = {inner for node in units for inner in node}
+    nodes = list(tree.root)
+    first, last = nodes.index(units[0]), nodes.index(units[-1])
+    # What holds the first block comes before it, too, but is no layer.
+    yield from (node.inner for node in nodes[:first] if stem)
+    for node in nodes[first:last]:
+        if node not in inside_units and width_change(node.inner):
+            yield node.inner
+
+
+def _relative(node: Node, wanted: Wanted) -> dict[str, nn.Module]:
+    """Layers of a block by their name in it."""
+    prefix = len(node.name) + 1 if node.name else 0
+    return {inner.name[prefix:]: inner.inner for inner in node if wanted(inner.inner)}

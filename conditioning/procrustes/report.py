@@ -1,0 +1,221 @@
+"""What a projection did, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+
+from conditioning.blocks.block import table
+from conditioning.procrustes import routes
+from conditioning.procrustes.layers import Layer
+from conditioning.spectrum.results import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from conditioning.singular import SingularValues
+
+Ends = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LayerReport(Result):
+    """One layer.
+
+    Attributes
+    ----------
+    name, layer : str
+        Its name, and what it is.
+    route : {"window", "taps", "frequencies"}
+        How it is projected; the first two are exact in one step.
+    operator : {"kernel", "circular"}
+        Of which operator the singular values are. Those of the kernel are those of the layer as
+        it runs where windows do not overlap; padding may cut windows at the border.
+    aim : {"backward", "forward", "given"}
+    target : float
+        The singular value aimed at.
+    before, after : tuple of float or None
+        Least and largest non-zero singular value before and after the last projection; ``None``
+        if there was none.
+    now : tuple of float
+        The same for the weight as it is.
+    moved : float or None
+        Relative distance that the last projection moved the weight.
+    drift : float or None
+        Relative distance of the weight now from where the last projection put it.
+    steps_since : int
+        Optimizer steps since then, or since the beginning.
+    true : SingularValues or None
+        Of the operator as it runs, if its input shape was given.
+    """
+
+    name: str
+    layer: str
+    route: str
+    operator: str
+    aim: str
+    target: float
+    before: Ends | None
+    after: Ends | None
+    now: Ends
+    moved: float | None
+    drift: float | None
+    steps_since: int
+    true: SingularValues | None = None
+
+    @property
+    def spread(self) -> float:
+        """Largest over least non-zero singular value now; 1 where all are equal."""
+        return self.now[1] / self.now[0] if self.now[0] > 0 else float("inf")
+
+    def __str__(self) -> str:
+        text = f"{self.name}: {self.layer}; sigma {_ends(self.now)}, target {self.target:.4g}"
+        if self.true is not None:
+            text += f"; as it runs {self.true.smallest} ... {self.true.largest}"
+        return text
+
+
+class ProcrustesReport(Sequence[LayerReport]):
+    """All layers, printable as a table.
+
+    Attributes
+    ----------
+    num_projections : int
+    seconds : float
+        Mean time of one projection of all layers, on the clock of the host.
+    """
+
+    def __init__(self, rows: Sequence[LayerReport], num_projections: int, seconds: float) -> None:
+        self._rows = tuple(rows)
+        self.num_projections, self.seconds = num_projections, seconds
+
+    @overload
+    def __getitem__(self, key: int | str) -> LayerReport: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[LayerReport, ...]: ...
+    def __getitem__(self, key: int | str | slice) -> LayerReport | tuple[LayerReport, ...]:
+        """A layer by position or name, or several by a slice."""
+        if isinstance(key, str):
+            found = [row for row in self._rows if row.name == key]
+            if not found:
+                raise KeyError(key)
+            return found[0]
+        return self._rows[key]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python, ready for JSON."""
+        return {
+            "num_projections": self.num_projections,
+            "seconds": self.seconds,
+            "layers": [row.to_dict() for row in self._rows],
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each layer; ends of ranges in columns of their own."""
+        import pandas as pd
+
+        rows = []
+        for row in self._rows:
+            plain: dict[str, Any] = {
+                "layer": row.name, "what": row.layer, "route": row.route,
+                "operator": row.operator, "aim": row.aim, "target": row.target,
+            }  # fmt: skip
+            for name in ("before", "after", "now"):
+                low, high = getattr(row, name) or (float("nan"), float("nan"))
+                plain |= {f"{name}_min": low, f"{name}_max": high}
+            plain |= {"spread": row.spread, "moved": row.moved, "drift": row.drift}
+            plain["steps_since"] = row.steps_since
+            rows.append(plain)
+        return pd.DataFrame(rows)
+
+    def __str__(self) -> str:
+        head = (
+            "layer", "what", "operator", "target", "before", "after", "now", "moved", "drift",
+            "steps since", "as it runs",
+        )  # fmt: skip
+        rows = [
+            (
+                row.name, row.layer, row.operator, f"{row.target:.4g}", _ends(row.before),
+                _ends(row.after), _ends(row.now), _share(row.moved), _share(row.drift),
+                row.steps_since,
+                "" if row.true is None else f"{row.true.smallest} ... {row.true.largest}",
+            )
+            for row in self._rows
+        ]  # fmt: skip
+        what = "projection" if self.num_projections == 1 else "projections"
+        cost = f", {1e3 * self.seconds:.3g} ms each" if self.num_projections else ""
+        return f"{table(head, rows)}\n{self.num_projections} {what}{cost}"
+
+    def __repr__(self) -> str:
+        return f"ProcrustesReport({len(self)} layers, {self.num_projections} projections)"
+
+
+def reported(
+    layer: Layer, before: Tensor | None, after: Tensor | None, steps_since: int, input_shape: Any
+) -> LayerReport:
+    """Measure a layer.
+
+    Parameters
+    ----------
+    layer : Layer
+    before, after : Tensor of shape (groups, rows, columns, *kernel) or None
+        Its filters around the last projection.
+    steps_since : int
+    input_shape : tuple of int or None
+    """
+    shape = layer.shape
+    now = layer.geometry.filters(layer.weight.detach()).to(torch.float64)
+    true = None
+    if input_shape is not None:
+        from conditioning.singular import singular_values
+
+        true = singular_values(layer.module, tuple(input_shape))
+    return LayerReport(
+        name=layer.name,
+        layer=layer.geometry.describe(),
+        route=shape.route,
+        operator="kernel" if shape.route == "window" else "circular",
+        aim=layer.aim,
+        target=layer.target,
+        before=_measured(before, layer),
+        after=_measured(after, layer),
+        now=_range(now, layer),
+        moved=_distance(after, before),
+        drift=_distance(now, after),
+        steps_since=steps_since,
+        true=true,
+    )
+
+
+def _range(filters: Tensor, layer: Layer) -> Ends:
+    values = routes.singular_values(filters, layer.shape)
+    return float(values.min()), float(values.max())
+
+
+def _measured(filters: Tensor | None, layer: Layer) -> Ends | None:
+    return None if filters is None else _range(filters, layer)
+
+
+def _distance(one: Tensor | None, other: Tensor | None) -> float | None:
+    if one is None or other is None:
+        return None
+    gap = torch.linalg.vector_norm(one.double() - other.to(one.device).double())
+    return float(gap / torch.linalg.vector_norm(other.double()))
+
+
+def _ends(ends: Ends | None) -> str:
+    if ends is None:
+        return ""
+    low, high = ends
+    return f"{low:.4g}" if high - low < 1e-4 * high else f"{low:.3g} ... {high:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
