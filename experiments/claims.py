@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from experiments.errors import ClaimError
 
@@ -243,6 +243,20 @@ def over_runs(
         variance = math.fsum((value - mean) ** 2 for value in runs) / (count - 1)
         half = float(t.ppf((1 + confidence) / 2, count - 1)) * math.sqrt(variance / count)
     return Measured(mean, mean - half, mean + half, expected=expected, num_runs=count, run=run)
+
+
+def log(value: float) -> float:
+    """Natural logarithm; NaN where there is none."""
+    return math.log(value) if value > 0 else math.nan
+
+
+def geometric(quotients: Sequence[float], **more: Any) -> Measured:
+    """Summarise positive numbers over runs: their geometric mean and its confidence interval."""
+    logs = over_runs([log(quotient) for quotient in quotients], **more)
+    low, high = logs.enclosure
+    return Measured(
+        math.exp(logs.value), math.exp(low), math.exp(high), num_runs=logs.num_runs, run=logs.run
+    )
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,13 @@ import tempfile
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.claims import FAILS, HOLDS, NOT_DECIDED, Claim, Verdict
 from experiments.errors import ClaimError, VerdictFileError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Two machines do not round alike: what differs by less than this has not moved.
 ROUNDING = 1e-9
@@ -192,6 +195,22 @@ def atomic_write(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table with twelve digits, whole or not at all."""
+    atomic_write(path, frame.to_csv(index=False, float_format="%.12g", lineterminator="\n"))
+
+
+class Titles:
+    """Titles that say what is claimed and what the verdict is, never more."""
+
+    def __init__(self, verdicts: Sequence[Verdict]) -> None:
+        self._values = {verdict.claim.id: verdict.value for verdict in verdicts}
+
+    def __call__(self, *claims: tuple[str, str]) -> str:
+        """Lines such as ``mean ~ log(2L)/L: holds`` from ids of claims and what they say."""
+        return "\n".join(f"{text}: {self._values[claim]}" for claim, text in claims)
 
 
 def json_number(value: float | None) -> float | str | None:

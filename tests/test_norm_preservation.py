@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import norm_preservation, registry
+from experiments import norm_preservation, pictures, registry
+from experiments import ratios as ratios_of_blocks
 from experiments.data import load
 from experiments.errors import DataFormatError
 from experiments.norm_preservation import Sizes, laboratory, readings, statements, verdicts
@@ -223,12 +224,12 @@ def test_a_training_at_chance_decides_nothing_about_convolutional_nets(decided, 
 
 
 def test_titles_are_the_verdicts(decided):
-    from experiments.norm_preservation.figures import _Titles
+    from experiments.report import Titles
 
-    titles = _Titles(list(decided.values()))
+    titles = Titles(list(decided.values()))
     assert titles(("t0.ratio", "a"), ("conv.outliers", "b")) == "a: holds\nb: not decided"
     other = dataclasses.replace(decided["t0.ratio"], value="fails")
-    assert _Titles([other])(("t0.ratio", "a")) == "a: fails"
+    assert Titles([other])(("t0.ratio", "a")) == "a: fails"
 
 
 def test_spreads_are_not_given_for_one_seed(decided, options):
@@ -284,7 +285,7 @@ def test_values_without_a_logarithm_have_no_exponent():
 
 def test_windows_cover_the_training_once():
     for steps in (1, 2, 3, 10, 50, 997):
-        windows = laboratory.windows_of(steps)
+        windows = ratios_of_blocks.windows_of(steps)
         assert windows[0] == (0, 0)
         covered = [step for first, last in windows for step in range(first, last + 1)]
         assert covered == list(range(steps))
@@ -292,17 +293,17 @@ def test_windows_cover_the_training_once():
 
 def test_ratios_are_summed_up_step_by_step():
     ratios = np.array([[2.0, 1.0], [0.5, 1.0]])
-    found = laboratory.summary(ratios)
+    found = ratios_of_blocks.summary(ratios)
     assert found["mean"] == pytest.approx(0.375)
     assert found["max"] == pytest.approx(0.75)
     assert found["log_product"] == pytest.approx(0.0)
     frame = pd.DataFrame(ratios, columns=["a", "b"])
-    split = laboratory.split_summary(frame, ["a"])
+    split = ratios_of_blocks.split_summary(frame, ["a"])
     assert split["identity"]["mean"] == 0.0
     assert split["transition"]["mean"] == pytest.approx(0.75)
     assert split["first_block"] == split["transition"]
     assert "downsampling" not in split
-    assert laboratory.split_summary(frame, ["b"])["downsampling"]["mean"] == 0.0
+    assert ratios_of_blocks.split_summary(frame, ["b"])["downsampling"]["mean"] == 0.0
 
 
 def test_the_constants_of_the_claims_are_those_of_the_theory():
@@ -325,7 +326,7 @@ def test_the_constants_of_the_claims_are_those_of_the_theory():
 )
 def test_images_come_in_many_shapes(shape, expected):
     images = np.arange(math.prod(shape), dtype=float).reshape(shape)
-    found = laboratory.as_pictures(images, "images")
+    found = pictures.as_pictures(images, "images")
     assert found.shape == expected
     if shape[-1] == 3:
         assert found[2, 1, 4, 5] == images[2, 4, 5, 1]
@@ -334,11 +335,11 @@ def test_images_come_in_many_shapes(shape, expected):
 @pytest.mark.parametrize("shape", [(5, 50), (5, 2, 3, 4, 5)])
 def test_what_is_no_image_is_refused(shape):
     with pytest.raises(DataFormatError, match="samples, "):
-        laboratory.as_pictures(np.zeros(shape), "these")
+        pictures.as_pictures(np.zeros(shape), "these")
 
 
 def test_constant_entries_are_not_blown_up():
-    found = laboratory.standardised(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), dims=(0,))
+    found = pictures.standardised(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), dims=(0,))
     assert found.tolist() == [[-1.0, 0.0], [1.0, 0.0]]
 
 

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claims import Measured, Verdict, decide, decide_every, over_runs
+from experiments.claims import Measured, Verdict, decide, decide_every, geometric, over_runs
 from experiments.norm_preservation.readings import (
     AT_CHANCE,
     BY_ID,
     Curve,
     curves,
-    geometric,
     if_trained,
     loss,
 )

@@ -19,7 +19,7 @@ from experiments.norm_preservation.readings import (
     has_learnt,
 )
 from experiments.norm_preservation.statements import CONSTANT
-from experiments.report import atomic_write
+from experiments.report import Titles, write_csv
 from experiments.sweep import Pair, parts
 
 _LOOKS: Mapping[str, tuple[str, Any, str]] = {
@@ -82,7 +82,7 @@ def write_tables(out: Path, measured: Sequence[Pair]) -> None:
         first = [column for column in order if column in frame]
         frame = frame[first + [column for column in frame if column not in first]]
         whole = {c: "Int64" for c in ("L", "n", "width", "batch") if c in frame}
-        _write(out / f"{name}.csv", frame.astype(whole))
+        write_csv(out / f"{name}.csv", frame.astype(whole))
 
 
 def _jacobian_row(cell: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,27 +95,12 @@ def _jacobian_row(cell: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str
     return {**row, "status": block["status"], "products": block["products"]}
 
 
-def _write(path: Path, frame: pd.DataFrame) -> None:
-    atomic_write(path, frame.to_csv(index=False, float_format="%.12g", lineterminator="\n"))
-
-
 # -- figures --------------------------------------------------------------------------------
-
-
-class _Titles:
-    """Titles that say what is claimed and what the verdict is, never more."""
-
-    def __init__(self, verdicts: Sequence[Verdict]) -> None:
-        self._values = {verdict.claim.id: verdict.value for verdict in verdicts}
-
-    def __call__(self, *claims: tuple[str, str]) -> str:
-        """Lines such as ``mean ~ log(2L)/L: holds`` from ids of claims and what they say."""
-        return "\n".join(f"{text}: {self._values[claim]}" for claim, text in claims)
 
 
 def draw(out: Path, measured: Sequence[Pair], data: str, verdicts: Sequence[Verdict]) -> None:
     """Draw the figures for which there are measurements, with the verdicts in their titles."""
-    titles = _Titles(verdicts)
+    titles = Titles(verdicts)
     with plots.style():
         _deviations(out / "mean_deviation.png", measured, data, titles)
         _ratios(out / "ratios_in_training.png", measured, data, titles)
@@ -168,7 +153,7 @@ def _curve(
     ax.errorbar(depths, means, yerr=[means - low, high - means], capsize=2, **{**options, **more})
 
 
-def _deviations(path: Path, measured: Sequence[Pair], data: str, titles: _Titles) -> None:
+def _deviations(path: Path, measured: Sequence[Pair], data: str, titles: Titles) -> None:
     figure, axes = plots.new_axes(2, width=6.0, height=4.8)
     initial = [(c, r) for c, r in parts(measured, "mlp init") if c["width"] == 32]
     trained = parts(measured, "mlp train")
@@ -250,7 +235,7 @@ def _same_limits(axes: Sequence[Any]) -> None:
         ax.set_ylim(low, high)
 
 
-def _ratios(path: Path, measured: Sequence[Pair], data: str, titles: _Titles) -> None:
+def _ratios(path: Path, measured: Sequence[Pair], data: str, titles: Titles) -> None:
     trained = parts(measured, "conv train")
     n = max((c["n"] for c, _ in trained), default=0)
     figure, axes = plots.new_axes(2, width=6.4, height=4.6)
@@ -295,7 +280,7 @@ def _ratios(path: Path, measured: Sequence[Pair], data: str, titles: _Titles) ->
     plots.save(figure, path)
 
 
-def _products(path: Path, measured: Sequence[Pair], data: str, titles: _Titles) -> None:
+def _products(path: Path, measured: Sequence[Pair], data: str, titles: Titles) -> None:
     figure, (left, right) = plots.new_axes(2, width=6.0, height=4.6)
     initial = [(c, r) for c, r in parts(measured, "mlp init") if c["width"] == 32]
     for net in MLPS:
@@ -352,7 +337,7 @@ def _smaller_product(measured: Sequence[Pair]) -> str:
     return "smaller for ProcResNet at " + ", ".join(f"{9 * n + 4}" for n in smaller) + " layers"
 
 
-def _jacobians(path: Path, measured: Sequence[Pair], data: str, titles: _Titles) -> None:
+def _jacobians(path: Path, measured: Sequence[Pair], data: str, titles: Titles) -> None:
     cells = [(c, r) for c, r in parts(measured, "jacobian") if c["seed"] == 0]
     nets = list(dict.fromkeys(c["net"] for c, _ in cells))
     if not nets:

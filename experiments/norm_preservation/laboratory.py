@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,9 @@ from conditioning import GradientNorms, find_blocks, theory
 from conditioning.blocks.jacobians import block_jacobians
 from conditioning.errors import NonFiniteGradientWarning
 from experiments.data import Dataset
-from experiments.errors import DataFormatError
 from experiments.models import CifarResNet, ResidualBranch, ResidualMLP
+from experiments.pictures import as_pictures, resized, standardised
+from experiments.ratios import split_summary, summary, windows_of
 from experiments.store import code_fingerprint, fingerprint
 from experiments.training import Recipe, Trainer
 
@@ -121,11 +121,7 @@ class Laboratory:
 
     def resized(self, size: int) -> Tensor:
         """All pictures with sides of this length."""
-        if tuple(self.pictures.shape[2:]) == (size, size):
-            return self.pictures
-        return nn.functional.interpolate(
-            self.pictures, size=(size, size), mode="bilinear", align_corners=False, antialias=True
-        )
+        return resized(self.pictures, size)
 
     def batches(
         self, inputs: Tensor, cell: Cell, size: int, count: int
@@ -300,51 +296,6 @@ class Laboratory:
         }
 
 
-def summary(ratios: np.ndarray) -> dict[str, Any]:
-    """Sum up ratios of shape (steps, blocks): means over steps of what each step shows."""
-    deviation = np.abs(1 - ratios)
-    with np.errstate(divide="ignore"):
-        logs = np.log(ratios)
-    return {
-        "ratios": ratios.mean(axis=0),
-        "mean": float(deviation.mean()),
-        "max": float(deviation.max(axis=1).mean()),
-        "log_product": float(logs.sum(axis=1).mean()),
-    }
-
-
-def split_summary(frame: pd.DataFrame, transitions: Sequence[str]) -> dict[str, Any]:
-    """The same, and for some blocks apart; the product is over all.
-
-    ``transition`` holds every transition, ``downsampling`` those after the first block;
-    ``first_block`` holds that one, a projection in one net and an identity block in the other, and
-    far from 1 in both; ``identity`` holds all that are no transitions.
-    """
-    found = summary(frame.to_numpy())
-    if transitions:
-        first = frame.columns[0]
-        groups = {
-            "identity": [name for name in frame.columns if name not in set(transitions)],
-            "transition": list(transitions),
-            "downsampling": [name for name in transitions if name != first],
-            "first_block": [first],
-        }
-        found |= {
-            group: summary(frame[names].to_numpy()) for group, names in groups.items() if names
-        }
-    return found
-
-
-def windows_of(num_steps: int) -> list[tuple[int, int]]:
-    """Steps to average over, both ends included: the first alone, then ever longer windows."""
-    edges = [0, 1]
-    for share in (0.1, 0.3, 0.6, 1.0):
-        edge = max(round(share * num_steps), edges[-1] + 1)
-        if edge <= num_steps:
-            edges.append(edge)
-    return [(first, after - 1) for first, after in itertools.pairwise(edges)]
-
-
 def _mean_field(variances: np.ndarray, num_blocks: int) -> np.ndarray:
     """Predicted ratios where the units of the stream begin with variances of their own.
 
@@ -373,41 +324,6 @@ def conv_recipe(sizes: Sizes, num_samples: int) -> Recipe:
 
 def _names(blocks: Blocks) -> dict[str, Any]:
     return {"blocks": blocks.names, "transitions": blocks.transitions}
-
-
-def standardised(samples: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Mean 0 and variance 1 over ``dims``; what is constant becomes 0."""
-    centred = samples - samples.mean(dims, keepdim=True)
-    spread = centred.square().mean(dims, keepdim=True).sqrt()
-    return torch.where(spread > 1e-6 * spread.max(), centred / spread.clamp_min(1e-30), 0.0)
-
-
-def as_pictures(images: np.ndarray, name: str) -> np.ndarray:
-    """Images as (samples, channels, height, width).
-
-    Raises
-    ------
-    DataFormatError
-        They are neither images nor vectors of a square number of pixels.
-    """
-    shape = images.shape
-    if images.ndim == 4 and shape[1] not in (1, 2, 3, 4) and shape[3] in (1, 2, 3, 4):
-        images = images.transpose(0, 3, 1, 2)
-    elif images.ndim == 3:
-        images = images[:, None]
-    elif images.ndim == 2:
-        side = math.isqrt(shape[1])
-        if side * side != shape[1]:
-            msg = (
-                f"{name} holds vectors of {shape[1]} numbers, which is no square image: "
-                "convolutional nets need images of shape (samples, [channels,] height, width)"
-            )
-            raise DataFormatError(msg)
-        images = images.reshape(-1, 1, side, side)
-    elif images.ndim != 4:
-        msg = f"{name} has shape {shape}, expected (samples, [channels,] height, width)"
-        raise DataFormatError(msg)
-    return np.ascontiguousarray(images, dtype=np.float32)
 
 
 def _generator(cell: Cell) -> torch.Generator:

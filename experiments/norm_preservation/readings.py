@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from conditioning.theory import depth_rate
-from experiments.claims import NOT_DECIDED, Claim, Measured, Verdict, decide, over_runs
+from experiments.claims import NOT_DECIDED, Claim, Measured, Verdict, decide, log, over_runs
 from experiments.norm_preservation.statements import CLAIMS
 from experiments.sweep import Pair, name
 
@@ -49,11 +49,6 @@ def rate_exponent(curve: Curve) -> float:
     return slope(curve, lambda depth: math.log(depth_rate(depth)), log)
 
 
-def log(value: float) -> float:
-    """Natural logarithm; NaN where there is none."""
-    return math.log(value) if value > 0 else math.nan
-
-
 def depths_of(by_seed: Mapping[int, Curve]) -> str:
     """The range of depths, for a reader."""
     depths = sorted({depth for curve in by_seed.values() for depth in curve})
@@ -66,15 +61,6 @@ def decide_over_seeds(
     """Decide a claim about a number that each seed's curve has."""
     found = [value(curve) for curve in by_seed.values()]
     return decide(claim, over_runs(found, run=f"all seeds, {depths_of(by_seed)}"), note=note)
-
-
-def geometric(quotients: Sequence[float], **more: Any) -> Measured:
-    """Geometric mean of positive numbers and its confidence interval."""
-    logs = over_runs([log(quotient) for quotient in quotients], **more)
-    low, high = logs.enclosure
-    return Measured(
-        math.exp(logs.value), math.exp(low), math.exp(high), num_runs=logs.num_runs, run=logs.run
-    )
 
 
 def means(by_seed: Mapping[int, Curve], key: str = "L", label: str = "") -> list[Measured]:

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from conditioning.theory import ratio_band
-from experiments.claims import Claim, Measured, Verdict, decide, decide_all, decide_every
+from experiments.claims import (
+    Claim,
+    Measured,
+    Verdict,
+    decide,
+    decide_all,
+    decide_every,
+    geometric,
+    log,
+)
 from experiments.norm_preservation import convolutional
 from experiments.norm_preservation.readings import (
     BY_ID,
@@ -20,9 +29,7 @@ from experiments.norm_preservation.readings import (
     curves,
     decide_over_seeds,
     depths_of,
-    geometric,
     if_trained,
-    log,
     loss,
     means,
     rate_exponent,

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from conditioning import Estimate, plots, theory
-from experiments.report import atomic_write
+from experiments.report import write_csv
 from experiments.shortcut_depth.verdicts import number
 from experiments.sweep import Pair, parts
 
@@ -67,24 +67,17 @@ def write_tables(out: Path, measured: Sequence[Pair], context: Mapping[str, Any]
     ]  # fmt: skip
     frame = pd.DataFrame(_rows(measured)).reindex(columns=order)
     whole = {name: "Int64" for name in ("L", "R", "seed", "n", "products")}
-    _write(out / "condition_numbers.csv", frame.astype(whole))
+    write_csv(out / "condition_numbers.csv", frame.astype(whole))
     largest = [
         {"shortcut_depth": depth, "L": cell["L"], "n": result["n"], **result["largest"]}
         for depth, part in ((1, "one"), (2, "two"))
         for cell, result in parts(measured, part)
         if "largest" in result
     ]
-    _write(out / "largest_eigenvalues.csv", pd.DataFrame(largest))
+    write_csv(out / "largest_eigenvalues.csv", pd.DataFrame(largest))
     singular = np.asarray(context["singular_values"])
     data = pd.DataFrame({"singular_value_of_D": singular, "kappa_of_D": singular[0] / singular[-1]})
-    _write(out / "data.csv", data)
-
-
-def _write(path: Path, frame: pd.DataFrame) -> None:
-    atomic_write(path, frame.to_csv(index=False, float_format="%.12g", lineterminator="\n"))
-
-
-# -- figures --------------------------------------------------------------------------------
+    write_csv(out / "data.csv", data)
 
 
 def draw(out: Path, measured: Sequence[Pair], context: Mapping[str, Any]) -> None:

@@ -1,0 +1,55 @@
+"""Data sets as images for convolutional nets."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.errors import DataFormatError
+
+
+def standardised(samples: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Mean 0 and variance 1 over ``dims``; what is constant becomes 0."""
+    centred = samples - samples.mean(dims, keepdim=True)
+    spread = centred.square().mean(dims, keepdim=True).sqrt()
+    return torch.where(spread > 1e-6 * spread.max(), centred / spread.clamp_min(1e-30), 0.0)
+
+
+def as_pictures(images: np.ndarray, name: str) -> np.ndarray:
+    """Images as (samples, channels, height, width).
+
+    Raises
+    ------
+    DataFormatError
+        They are neither images nor vectors of a square number of pixels.
+    """
+    shape = images.shape
+    if images.ndim == 4 and shape[1] not in (1, 2, 3, 4) and shape[3] in (1, 2, 3, 4):
+        images = images.transpose(0, 3, 1, 2)
+    elif images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 2:
+        side = math.isqrt(shape[1])
+        if side * side != shape[1]:
+            msg = (
+                f"{name} holds vectors of {shape[1]} numbers, which is no square image: "
+                "convolutional nets need images of shape (samples, [channels,] height, width)"
+            )
+            raise DataFormatError(msg)
+        images = images.reshape(-1, 1, side, side)
+    elif images.ndim != 4:
+        msg = f"{name} has shape {shape}, expected (samples, [channels,] height, width)"
+        raise DataFormatError(msg)
+    return np.ascontiguousarray(images, dtype=np.float32)
+
+
+def resized(pictures: Tensor, size: int) -> Tensor:
+    """All pictures with sides of this length."""
+    if tuple(pictures.shape[2:]) == (size, size):
+        return pictures
+    return nn.functional.interpolate(
+        pictures, size=(size, size), mode="bilinear", align_corners=False, antialias=True
+    )
