@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import TextIO
 
 from experiments import registry
 from experiments.errors import ExperimentError
+from experiments.ranks import RankFailedError, launched, ranks
 
 EXIT_OK = 0
 EXIT_CHANGED = 1
@@ -21,6 +23,7 @@ without arguments:     list the experiments and what each of them tests
 compare BEFORE AFTER:  show two verdicts.json side by side, exit with 1 if a verdict changed
 
 A run that was interrupted or killed continues where it stopped when it is started again.
+Training on N GPUs:    torchrun --nproc-per-node N -m experiments NAME --device cuda
 """
 
 
@@ -92,20 +95,38 @@ def _run(parsed: argparse.Namespace) -> int:
         mode="resume" if parsed.resume else "fresh" if parsed.fresh else "continue",
         progress=not parsed.quiet,
     )
-    print(f"{experiment.TITLE}\n{experiment.PAPER}")
-    print(
-        f"preset {options.preset}, data {options.data}, device {options.device}, "
-        f"{options.seeds} seeds\n",
-        flush=True,
-    )
-    print(verdict_table(registry.run(experiment, options)))
-    print(f"Results are in {options.out}")
+    with ranks(options.device) as here:
+        if here.first:
+            print(f"{experiment.TITLE}\n{experiment.PAPER}")
+            several = f", {here.size} ranks" if here.size > 1 else ""
+            print(
+                f"preset {options.preset}, data {options.data}, device {options.device}, "
+                f"{options.seeds} seeds{several}\n",
+                flush=True,
+            )
+        verdicts = registry.run(experiment, options)
+        if here.first:
+            print(verdict_table(verdicts))
+            print(f"Results are in {options.out}")
     return EXIT_OK
+
+
+def _complain(error: Exception) -> None:
+    """Say an error once, though every rank may have it: the others only what is theirs alone."""
+    here = launched()
+    if here.first:
+        print(f"error: {error}", file=sys.stderr)
+    elif not isinstance(error, RankFailedError):
+        print(f"error on rank {here.rank}: {error}", file=sys.stderr)
 
 
 def _resume_command(arguments: Sequence[str]) -> str:
     kept = [argument for argument in arguments if argument not in ("--resume", "--fresh")]
-    return shlex.join(["python", "-m", "experiments", *kept, "--resume"])
+    start = ["python"]
+    if launched().size > 1:
+        here = os.environ.get("LOCAL_WORLD_SIZE", str(launched().size))
+        start = ["torchrun", "--nproc-per-node", here]
+    return shlex.join([*start, "-m", "experiments", *kept, "--resume"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,9 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_OK
         return _run(parsed)
     except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(error)
         return EXIT_UNUSABLE
     except KeyboardInterrupt as interruption:
+        if not launched().first:
+            return EXIT_INTERRUPTED
         # What run_cells raises says how many cells are on the disk.
         print(f"\n{interruption or 'interrupted'}", file=sys.stderr)
         print(f"continue with: {_resume_command(arguments)}", file=sys.stderr)

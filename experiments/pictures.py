@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from experiments.errors import DataFormatError
 
 
-def standardised(samples: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Mean 0 and variance 1 over ``dims``; what is constant becomes 0."""
-    centred = samples - samples.mean(dims, keepdim=True)
-    spread = centred.square().mean(dims, keepdim=True).sqrt()
-    return torch.where(spread > 1e-6 * spread.max(), centred / spread.clamp_min(1e-30), 0.0)
+def standardised(samples: Tensor, dims: tuple[int, ...], by: int | None = None) -> Tensor:
+    """Mean 0 and variance 1 over ``dims``; what is constant becomes 0.
+
+    With ``by``, of the first so many samples; the rest is shifted and scaled alike.
+    """
+    some = samples if by is None else samples[:by]
+    mean = some.mean(dims, keepdim=True)
+    spread = (some - mean).square().mean(dims, keepdim=True).sqrt()
+    constant = spread <= 1e-6 * spread.max()
+    return torch.where(constant, 0.0, (samples - mean) / spread.clamp_min(1e-30))
 
 
 def as_pictures(images: np.ndarray, name: str) -> np.ndarray:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import importlib
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +17,15 @@ from types import ModuleType
 from typing import Any, Protocol, cast
 
 from experiments.claims import Claim, Verdict
-from experiments.data import Dataset, check_name, load
+from experiments.data import NAMES, Dataset, check_name, load
 from experiments.errors import (
     ExperimentError,
     MissingDependencyError,
     UnknownNameError,
     near_names,
 )
-from experiments.store import STORE_NAME, CellStore, Mode, code_fingerprint
+from experiments.ranks import current, on_first
+from experiments.store import STORE_NAME, CellsInMemory, CellStore, Mode, code_fingerprint
 
 # Names and modules, not modules: what is not asked for is not imported.
 _MODULES: dict[str, str] = {
@@ -98,6 +103,11 @@ class Options:
             Whether the cells depend on the data set.
         **more
             What else decides the cells' results.
+
+        Notes
+        -----
+        On several ranks all call this together, and only the first one opens the file: the others
+        get a store in memory, and :func:`experiments.sweep.run_cells` keeps it the same.
         """
         import platform
 
@@ -119,6 +129,16 @@ class Options:
             "code": code_fingerprint(),
             **more,
         }
+        here = current()
+        if here.size == 1:
+            return self._store_on_disk(configuration)
+        # Batch normalisation sees a part of each batch, so the number of ranks decides results.
+        configuration["ranks"] = here.size
+        opened: list[CellStore] = []
+        on_first(lambda: opened.append(self._store_on_disk(configuration)))
+        return opened[0] if here.first else CellsInMemory()
+
+    def _store_on_disk(self, configuration: Mapping[str, Any]) -> CellStore:
         store = CellStore(self.out / STORE_NAME, configuration, self.mode)
         if store.notice:
             print(f"note: {store.notice}", file=sys.stderr)
@@ -264,7 +284,27 @@ def run(experiment: Experiment, options: Options) -> list[Verdict]:
     ------
     ExperimentError
         The experiment left a claim without a verdict, or decided one that it did not state.
+
+    Notes
+    -----
+    On several ranks all call this together. Files and output are those of the first one.
     """
+    here = current()
+    if here.size > 1 and options.data in NAMES:
+        # The first rank fetches it into the cache, where the others find it.
+        on_first(lambda: len(options.dataset))
+    if here.first:
+        return _run(experiment, options)
+    # An experiment need not know of ranks: what the others draw, write and say is thrown away.
+    with (
+        tempfile.TemporaryDirectory() as out,
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        return _run(experiment, dataclasses.replace(options, out=Path(out), progress=False))
+
+
+def _run(experiment: Experiment, options: Options) -> list[Verdict]:
     from experiments.report import environment, write_verdicts
     from experiments.store import mark_finished
 

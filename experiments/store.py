@@ -261,6 +261,22 @@ class CellStore:
         self._file.close()
 
 
+class CellsInMemory(CellStore):
+    """Finished cells that another process keeps on disk: what ranks but the first one have."""
+
+    def __init__(self) -> None:
+        self.path = Path(os.devnull)
+        self.notice = ""
+        self.finished = False
+        self._cells = {}
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        """Do nothing: there is no file."""
+
+
 def mark_finished(path: str | Path) -> None:
     """Mark the store of a run as finished, if there is one."""
     path = Path(path)

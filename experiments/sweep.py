@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.errors import StoreError
+from experiments.ranks import alone, current, on_first
 from experiments.store import CellStore, canonical, fingerprint
 
 Cell = Mapping[str, Any]
@@ -41,6 +42,7 @@ def run_cells(
     progress: bool = True,
     title: str = "cells",
     cost: Callable[[Cell], float] | None = None,
+    parallel: Callable[[Cell], bool] | None = None,
 ) -> list[Any]:
     """Measure every cell that the store does not hold yet.
 
@@ -59,20 +61,30 @@ def run_cells(
     cost : callable, optional
         How long a cell takes compared with others, in any unit: it makes the time left right
         where cells are of very different size.
+    parallel : callable, optional
+        Which cells all ranks measure together, when ``torchrun`` started several: those whose
+        training is shared between them (see :class:`experiments.training.Trainer`). Every other
+        cell is measured by the first rank alone while the others wait. By default that is all.
 
     Returns
     -------
     list
         The results in the order of ``cells``, each as it is read back from the store: the same,
-        to the last bit, whether the run was interrupted or not.
+        to the last bit, whether the run was interrupted or not. On several ranks, every rank
+        gets them.
 
     Raises
     ------
     RunInterrupted
         On Ctrl-C.
+    RankFailedError
+        A cell failed on the first rank, and this is another.
 
     Notes
     -----
+    On several ranks the first one's store decides what is missing and its results count; stores of
+    the others, such as :class:`experiments.store.CellsInMemory`, are filled from it.
+
     The global random states of Python, numpy and torch are set before each cell, to a seed made
     from the cell: what it draws must not depend on which cells were run before it in this
     process. Afterwards they are what they were.
@@ -82,22 +94,50 @@ def run_cells(
         twice = next(key for key in keys if keys.count(key) > 1)
         msg = f"cell {twice} occurs more than once: what differs must be part of the cell"
         raise StoreError(msg)
-    missing = [cell for cell in cells if cell not in store]
+    of_key, here = dict(zip(keys, cells, strict=True)), current()
+    wanted, kept = on_first(lambda: (keys, {k: store[c] for k, c in of_key.items() if c in store}))
+    if wanted != keys:
+        msg = "the ranks were given different cells: what they measure must not depend on the rank"
+        raise StoreError(msg)
+    if not here.first:
+        for key, result in kept.items():
+            if of_key[key] not in store:
+                store.add(of_key[key], result)
+    missing = [cell for key, cell in of_key.items() if key not in kept]
     weight = cost or (lambda _: 1.0)
     done = len(cells) - len(missing)
     states = _random_states()
-    with _Progress(title, len(cells), done, [weight(cell) for cell in missing], progress) as shown:
+    weights = [weight(cell) for cell in missing]
+    with _Progress(title, len(cells), done, weights, progress and here.first) as shown:
         try:
             for cell in missing:
                 shown.start(cell)
                 _seed(cell)
-                store.add(cell, function(cell))
+                _measure(cell, function, store, parallel is not None and parallel(cell))
                 shown.advance()
         except KeyboardInterrupt:
             raise RunInterrupted(sum(cell in store for cell in cells), len(cells)) from None
         finally:
             _restore(states)
     return [store[cell] for cell in cells]
+
+
+def _measure(cell: Cell, function: Callable[[Cell], Any], store: CellStore, together: bool) -> None:
+    """Put a cell's result into the store of every rank."""
+    if together:
+        shared = function(cell)
+
+    def on_disk() -> Any:
+        if together:
+            store.add(cell, shared)
+        else:
+            with alone():
+                store.add(cell, function(cell))
+        return store[cell]
+
+    result = on_first(on_disk)
+    if not current().first:
+        store.add(cell, result)
 
 
 def _seed(cell: Cell) -> None:

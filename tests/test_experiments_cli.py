@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from experiments import registry
 from experiments.__main__ import main
@@ -83,14 +84,68 @@ import sys
 from experiments import registry
 from experiments.__main__ import main
 registry.register("tiny", "tiny_experiment")
+registry.register("taught", "taught_experiment")
 sys.exit(main())
 """
+# An experiment that trains a cell on all ranks and another one on the first alone. It writes and
+# prints as if there were one process.
+TAUGHT = '''
+"""A small training."""
+
+import os
+
+import torch
+
+from experiments.claims import Claim, Measured, Tolerance, decide
+from experiments.errors import ExperimentError
+from experiments.ranks import current
+from experiments.registry import Preset
+from experiments.sweep import run_cells
+from experiments.training import Recipe, Trainer
+
+NAME = "taught"
+TITLE = "A tiny training"
+PAPER = "Nobody, Nowhere, 2026"
+PRESETS = {"quick": Preset(summary="a second")}
+RIGHT = Claim("right", "section 1", "nothing is wrong", 0.0, Tolerance.within(atol=1.0), "a share",
+              "by training")
+
+
+def claims():
+    return [RIGHT]
+
+
+def run(options):
+    torch.set_num_threads(1)
+    pixels = torch.from_numpy(options.dataset.images).reshape(len(options.dataset), -1).double()
+    labels = torch.from_numpy(options.dataset.labels)
+
+    def measure(cell):
+        if os.environ.get("TAUGHT_FAILS") == f"{cell['ranks']} {current().rank}":
+            raise ExperimentError("the net has had enough")
+        net = torch.nn.Linear(pixels.shape[1], options.dataset.num_classes).double()
+        recipe = Recipe(num_steps=9, batch_size=4, lr=0.1)
+        trainer = Trainer(net, pixels, labels, recipe, evaluation=(pixels, labels))
+        result = trainer.run(checkpoint=options.out / f"{cell['ranks']}.pt")
+        return {"loss": result.losses[-1], "error": result.final_error, "size": current().size}
+
+    cells = [{"ranks": "one"}, {"ranks": "all"}]
+    with options.open_store() as store:
+        one, shared = run_cells(
+            cells, measure, store, progress=options.progress,
+            parallel=lambda cell: cell["ranks"] == "all",
+        )
+    print(f"trained by {one['size']} and by {shared['size']}")
+    (options.out / "table.txt").write_text(str(shared))
+    return [decide(RIGHT, Measured(shared["error"]))]
+'''
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder to run in, with the small experiment and a small data set."""
     (tmp_path / "tiny_experiment.py").write_text(FAKE, encoding="utf-8")
+    (tmp_path / "taught_experiment.py").write_text(TAUGHT, encoding="utf-8")
     (tmp_path / "driver.py").write_text(DRIVER)
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "small.npz", x=rng.random((20, 4)), y=np.arange(20) % 2)
@@ -103,10 +158,10 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(workplace, *arguments, **environment):
+def start(workplace, *arguments, command=(), **environment):
     path = os.pathsep.join([str(ROOT), str(workplace)])
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "driver.py", *arguments],
+        [sys.executable, *(command or ("-W", "error")), "driver.py", *arguments],
         cwd=workplace,
         env=os.environ | {"PYTHONPATH": path, "COLUMNS": "100"} | environment,
         stdout=subprocess.PIPE,
@@ -277,6 +332,61 @@ def test_listing_does_not_import_what_only_a_run_needs():
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+needs_gloo = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
+)
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_torchrun_shares_a_training_and_speaks_once(workplace):
+    words = ("taught", "--data", "small.npz", "--device", "cpu")
+    out, err = finished(start(workplace, *words, "--out", "several", command=TORCHRUN))
+    assert out.count("preset quick") == out.count("claims: 1 hold") == 1
+    assert "1 seeds, 2 ranks" in out
+    assert out.count("trained by 1 and by 2") == 1
+    assert err.count("2/2 cells") == 1
+    finished(start(workplace, *words, "--out", "single"))
+    names = ["all.pt", "cells.jsonl", "one.pt", "table.txt", "verdicts.json"]
+    cells = {}
+    for folder in ("several", "single"):
+        assert sorted(p.name for p in (workplace / folder).iterdir()) == names
+        lines = (workplace / folder / "cells.jsonl").read_text("utf-8").splitlines()
+        cells[folder] = [json.loads(line)["result"] for line in lines[1:3]]
+        assert json.loads(lines[3]) == {"finished": True, "num_cells": 2}
+    assert cells["several"][0] == cells["single"][0]
+    assert cells["several"][1] == {
+        "loss": pytest.approx(cells["single"][1]["loss"], rel=1e-12),
+        "error": cells["single"][1]["error"],
+        "size": 2,
+    }
+
+
+@pytest.mark.slow
+@needs_gloo
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        ("one 0", "error: the net has had enough"),
+        ("all 1", "error on rank 1: the net has had enough"),
+    ],
+)
+def test_under_torchrun_a_failing_rank_ends_all(workplace, fails, message):
+    words = ("taught", "--data", "small.npz", "--device", "cpu", "--quiet")
+    process = start(workplace, *words, command=TORCHRUN, TAUGHT_FAILS=fails)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert err.count(message) == 1
+    assert not (workplace / "figures" / "taught" / "verdicts.json").exists()
+
+
+def finished(process):
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return out, err
 
 
 def test_two_runs_are_compared(workplace, capsys):

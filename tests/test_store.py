@@ -15,7 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.errors import ConfigurationChangedError, StoreError, StoreLockedError
-from experiments.store import CellStore, canonical, from_json, mark_finished, to_json
+from experiments.store import (
+    CellsInMemory,
+    CellStore,
+    canonical,
+    from_json,
+    mark_finished,
+    to_json,
+)  # fmt: skip
 from experiments.sweep import RunInterrupted, run_cells
 
 CONFIGURATION = {"experiment": "fake", "seeds": 3, "data": "f" * 64, "code": "1"}
@@ -308,3 +315,18 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="choose another --out"):
         CellStore(tmp_path / "file" / "cells.jsonl", {})
+
+
+def test_a_store_in_memory_holds_the_same_and_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with CellStore(tmp_path / "cells.jsonl", CONFIGURATION) as store, CellsInMemory() as other:
+        for cell, result in zip(CELLS, run_cells(CELLS, measure, store), strict=True):
+            assert cell not in other
+            other.add(cell, result)
+            assert same(other[cell], store[cell])
+        assert len(other) == len(CELLS)
+        with pytest.raises(StoreError, match="already"):
+            other.add(CELLS[0], 1)
+        other.mark_finished()
+        assert other.finished
+    assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]

@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 
 from experiments.claims import Measured, Verdict, decide, decide_every, geometric, over_runs
+from experiments.learning import AT_CHANCE, if_trained, loss
 from experiments.norm_preservation.readings import (
-    AT_CHANCE,
     BY_ID,
     Curve,
     curves,
-    if_trained,
-    loss,
 )
 from experiments.sweep import Pair, name, parts
 

@@ -11,12 +11,12 @@ import pandas as pd
 
 from conditioning import plots
 from experiments.claims import Verdict
+from experiments.learning import has_learnt
 from experiments.norm_preservation.convolutional import products_compared
 from experiments.norm_preservation.readings import (
     FIRST_DEPTH,
     constants,
     curves,
-    has_learnt,
 )
 from experiments.norm_preservation.statements import CONSTANT
 from experiments.report import Titles, write_csv

@@ -5,24 +5,19 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from conditioning.theory import depth_rate
-from experiments.claims import NOT_DECIDED, Claim, Measured, Verdict, decide, log, over_runs
+from experiments.claims import Claim, Measured, Verdict, decide, log, over_runs
 from experiments.norm_preservation.statements import CLAIMS
-from experiments.sweep import Pair, name
+from experiments.sweep import Pair
 
 Curve = Mapping[int, float]
 BY_ID = {claim.id: claim for claim in CLAIMS}
 # At L = 2 the first block, which obeys no law, is half of the net.
 FIRST_DEPTH = 4
-# Final losses, in units of that of guessing: below the first a net has learnt, from the second on
-# it is at chance.
-LEARNT = 0.5
-AT_CHANCE = 0.9
 
 
 def curves(
@@ -75,26 +70,3 @@ def means(by_seed: Mapping[int, Curve], key: str = "L", label: str = "") -> list
 def constants(curve: Curve) -> dict[int, float]:
     """Mean deviations as multiples of ``log(2L)/L``."""
     return {depth: value / depth_rate(depth) for depth, value in curve.items()}
-
-
-# -- trainings ----------------------------------------------------------------------------------
-
-
-def loss(result: Mapping[str, Any]) -> float:
-    """Final loss in units of that of guessing; infinite if the training diverged."""
-    return math.inf if result["status"] == "diverged" else result["loss"] / result["chance"]
-
-
-def has_learnt(result: Mapping[str, Any], limit: float = LEARNT) -> bool:
-    """Whether a training ended with a loss below ``limit`` times that of guessing."""
-    return bool(result["status"] == "finished" and loss(result) < limit)
-
-
-def if_trained(verdict: Verdict, cells: Iterable[Pair], limit: float = LEARNT) -> Verdict:
-    """Withdraw a verdict about training if one of these nets did not train."""
-    stuck = [name(cell) for cell, result in cells if not has_learnt(result, limit)]
-    if not stuck:
-        return verdict
-    shown = ", ".join(stuck[:4]) + (f" and {len(stuck) - 4} more" if len(stuck) > 4 else "")
-    notes = [f"did not train: {shown}", *([verdict.note] if verdict.note else [])]
-    return replace(verdict, value=NOT_DECIDED, note="; ".join(notes))

@@ -20,6 +20,7 @@ from experiments.claims import (
     geometric,
     log,
 )
+from experiments.learning import if_trained, loss
 from experiments.norm_preservation import convolutional
 from experiments.norm_preservation.readings import (
     BY_ID,
@@ -29,8 +30,6 @@ from experiments.norm_preservation.readings import (
     curves,
     decide_over_seeds,
     depths_of,
-    if_trained,
-    loss,
     means,
     rate_exponent,
     slope,
