@@ -11,22 +11,17 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import os
-import platform
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.problems import PROBLEMS
+from benchmarks.reporting import RESULTS, environment, say, table, write
 from benchmarks.timing import Entry, Timing, Worker, compare
 
-RESULTS = Path(__file__).parent / "results"
 STEPS = 10
 #: What is promised: upper ends of the ratio.
 GOALS = {"every 10 steps": 1.05, "every step": 1.10}
@@ -72,32 +67,9 @@ def growth(entry: Entry, problem: str, threads: int, device: str) -> float | Non
     return found
 
 
-def environment(threads: int, device: str) -> dict[str, Any]:
-    """What the numbers depend on."""
-    packages = {}
-    for name in ("torch", "wandb", "torchlens"):
-        if importlib.util.find_spec(name) is not None:
-            packages[name] = importlib.metadata.version(name)
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "cores": os.cpu_count(),
-        "torch threads": threads,
-        "python": platform.python_version(),
-        "packages": packages,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def verdicts(timings: Sequence[Timing], *, by_processor: bool) -> dict[str, str]:
+def verdicts(
+    timings: Sequence[Timing], *, by_processor: bool, goals: Mapping[str, float] | None = None
+) -> dict[str, str]:
     """Whether the goals are met: by the whole confidence interval, or not decided.
 
     Parameters
@@ -105,10 +77,12 @@ def verdicts(timings: Sequence[Timing], *, by_processor: bool) -> dict[str, str]
     timings : sequence of Timing
     by_processor : bool
         Judge by the processor's time: on a single thread it is the time of a quiet machine.
+    goals : mapping of str to float
+        Upper ends of the ratio, by label; ``GOALS`` by default.
     """
     found = {}
     for timing in timings:
-        goal = GOALS.get(timing.label)
+        goal = (GOALS if goals is None else goals).get(timing.label)
         if goal is None:
             continue
         ratio = timing.processor_ratio if by_processor else timing.ratio
@@ -119,24 +93,6 @@ def verdicts(timings: Sequence[Timing], *, by_processor: bool) -> dict[str, str]
             said = "fails"
         found[f"{timing.label}: at most {goal:.2f}"] = said
     return found
-
-
-def table(title: str, timings: Sequence[Timing], memory: dict[str, float | None]) -> str:
-    """A table to read, one variant in a line."""
-    width = max(len(timing.label) for timing in timings)
-    lines = [
-        title,
-        f"  {'':{width}}  {'ratio [95 %]':21}  {'processor time':21}  {'ms a step':>9}  "
-        f"{'peak, MiB':>9}",
-    ]
-    for timing in timings:
-        peak = memory[timing.label]
-        shown = "-" if peak is None else f"{peak:.0f}"
-        lines.append(
-            f"  {timing.label:{width}}  {timing.ratio!s:21}  {timing.processor_ratio!s:21}  "
-            f"{timing.milliseconds:9.1f}  {shown:>9}"
-        )
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -162,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = PROBLEMS[problem](device).title
         load = os.getloadavg()[0]
         entries = entries_for(problem, peers=options.peers, threads=threads, device=device)
-        timings = compare(entries, rounds=options.rounds, report=_say)
+        timings = compare(entries, rounds=options.rounds, report=say)
         for worker in {entry.worker for entry in entries}:
             worker.close()
         memory = {e.label: growth(e, problem, threads, device) for e in entries}
@@ -176,19 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts.append(table(title, timings, memory))
         texts.append("\n".join(f"  {goal}: {said}" for goal, said in goals.items()))
         print("\n".join(texts[-2:]), flush=True)
-    _write(options.out, report, texts)
-
-
-def _say(text: str) -> None:
-    print(f"\r{text}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
-
-
-def _write(folder: Path, report: dict[str, Any], texts: list[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    name = "gradient_norms"
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    head = ", ".join(f"{key}: {value}" for key, value in report["environment"].items())
-    (folder / f"{name}.txt").write_text("\n\n".join([head, *texts]) + "\n", "utf-8")
+    write(options.out, "gradient_norms", report, texts)
 
 
 if __name__ == "__main__":

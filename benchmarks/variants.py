@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.polar_routes import three_layers
 from benchmarks.problems import PROBLEMS, Problem
 from benchmarks.worker import Variant
-from conditioning import GradientNorms, find_blocks
+from conditioning import GradientNorms, Procrustes, find_blocks
 
 BARE = "bare"
 Step = Callable[[], Any]
@@ -129,9 +130,38 @@ def torchlens(problem_name: str, device: str) -> dict[str, Variant]:
     }
 
 
+def procrustes(problem_name: str, device: str) -> dict[str, Variant]:
+    """Training steps with and without projection of stem and transitions."""
+    problem = PROBLEMS[problem_name](device)
+
+    @contextlib.contextmanager
+    def projected(**options: Any) -> Iterator[Step]:
+        regulariser = Procrustes.for_transitions(problem.model, problem.inputs)
+        regulariser.attach(problem.optimizer, **options)
+        yield problem.step
+        regulariser.detach()
+
+    return {
+        BARE: lambda: _bare(problem),
+        "every step": projected,
+        "probability 0.5": lambda: projected(probability=0.5),
+        "every 10 steps": lambda: projected(every=10),
+    }
+
+
+def projection(_: str, device: str) -> dict[str, Variant]:
+    """One projection of the paper's three layers, by several routes."""
+    return {
+        name: lambda route=route: contextlib.nullcontext(route)
+        for name, route in three_layers(device).items()
+    }
+
+
 FACTORIES: dict[str, Callable[..., dict[str, Variant]]] = {
     "library": library,
     "compiled": compiled,
+    "procrustes": procrustes,
+    "projection": projection,
     "wandb": wandb,
     "torchlens": torchlens,
 }
