@@ -11,6 +11,8 @@ from conditioning.operators import (
     LinearOperator,
     MatrixOperator,
 )
+from conditioning.procrustes import IsometricDownsample, Procrustes
+from conditioning.singular import SingularValues, singular_values
 from conditioning.spectrum import (
     ConditionNumber,
     Eigenvalues,
@@ -38,10 +40,13 @@ __all__ = [
     "GaussNewtonOperator",
     "GradientNorms",
     "HessianOperator",
+    "IsometricDownsample",
     "JacobianOperator",
     "LinearOperator",
     "MatrixOperator",
+    "Procrustes",
     "SingularRange",
+    "SingularValues",
     "SpectralDensity",
     "block_jacobians",
     "condition_number",
@@ -53,6 +58,7 @@ __all__ = [
     "power_iteration",
     "select_blocks",
     "singular_range",
+    "singular_values",
     "spectral_density",
     "split_blocks",
     "trace",

@@ -6,7 +6,7 @@ Every function draws on axes that the caller gives, or makes its own, and return
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from conditioning.errors import InvalidArgumentError
 from conditioning.jacobi import Array
+from conditioning.singular import SingularValues
 from conditioning.spectrum import Estimate, SpectralDensity
 
 if TYPE_CHECKING:
@@ -135,6 +137,46 @@ def plot_spectrum(
     )  # fmt: skip
     ax.set_xlabel("share of the spectrum")
     ax.set_ylabel("eigenvalue")
+    return ax
+
+
+def plot_singular_values(
+    results: SingularValues | Iterable[SingularValues], ax: Axes | None = None
+) -> Axes:
+    """Singular values in descending order, one curve for each layer and operator.
+
+    Parameters
+    ----------
+    results : SingularValues, or an iterable of them
+        With all values known.
+    ax : Axes, optional
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no result, or one knows the ends of its spectrum only.
+    """
+    chosen = [results] if isinstance(results, SingularValues) else list(results)
+    if not chosen:
+        raise InvalidArgumentError("There are no singular values to draw: results is empty.")
+    ax = _axes(ax)
+    for color, result in zip(sns.color_palette("colorblind", len(chosen)), chosen, strict=True):
+        if result.values is None:
+            msg = (
+                f"Of the {result.layer} only the largest and the smallest singular value are "
+                f"known ({result.status}). Use a smaller input_shape, or method='dense'."
+            )
+            raise InvalidArgumentError(msg)
+        share = (np.arange(len(result.values)) + 0.5) / len(result.values)
+        # Steps, so that a layer with one singular value shows, too.
+        edges = np.concatenate([[0.0], share, [1.0]])
+        values = result.values.numpy()
+        ax.plot(edges, np.concatenate([values[:1], values, values[-1:]]), color=color,
+                drawstyle="steps-mid", label=f"{result.layer}: {result.operator}")  # fmt: skip
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("share of the singular values")
+    ax.set_ylabel("singular value")
+    ax.legend(fontsize="x-small")
     return ax
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import matplotlib as mpl
 import numpy as np
 import pytest
+import torch
 from planted import diagonal
+from torch import nn
 
-from conditioning import Estimate, plots, spectral_density
+from conditioning import Estimate, plots, singular_values, spectral_density
+from conditioning.errors import InvalidArgumentError
 
 
 def test_enclosures_become_bars_and_lower_bounds_become_arrows():
@@ -37,6 +40,30 @@ def test_a_density_can_be_drawn(values):
     assert ax.get_yscale() == "log"
     assert np.isfinite(ax.lines[0].get_ydata()).all()
     assert str(len(values)) in ax.get_title(loc="left") + ax.get_title()
+
+
+def test_singular_values_are_drawn_in_order_and_named():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, 3, padding=1)
+    results = [singular_values(conv, (2, 4, 4), operator) for operator in ("true", "circular")]
+    ax = plots.plot_singular_values(results)
+    for line, result in zip(ax.lines, results, strict=True):
+        shares, values = line.get_data()
+        assert (shares[0], shares[-1]) == (0, 1)
+        assert np.array_equal(values[1:-1], result.values.numpy())
+        assert shares[1] == pytest.approx(0.5 / len(result.values))
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == [f"conv 3x3, 2 -> 3, zeros padding: {o}" for o in ("true", "circular")]
+    assert ax.get_ylim()[0] == 0
+    assert len(plots.plot_singular_values(singular_values(nn.Linear(1, 1))).lines) == 1
+
+
+def test_singular_values_that_are_not_all_known_are_not_drawn():
+    ends = singular_values(nn.Conv2d(2, 3, 3), (2, 6, 6), method="lanczos")
+    with pytest.raises(InvalidArgumentError, match="only the largest and the smallest"):
+        plots.plot_singular_values(ends)
+    with pytest.raises(InvalidArgumentError, match="empty"):
+        plots.plot_singular_values([])
 
 
 def test_saving_twice_gives_the_same_bytes_and_leaves_the_settings_alone(tmp_path):
