@@ -24,9 +24,11 @@ help:  ## Show this list
 reproduce: $(VENV)/.installed-experiments  ## Install, measure, print the verdicts, draw the figures
 	$(BIN)/python -m experiments shortcut_depth $(ARGS)
 	$(BIN)/python -m experiments norm_preservation $(ARGS)
+	$(BIN)/python -m experiments procrustes_resnet $(ARGS)
 
-bench: $(VENV)/.installed-bench  ## Install other tools too, and measure what tracking costs beside them
+bench: $(VENV)/.installed-bench  ## Install other tools too, and measure what tracking and projection cost
 	$(BIN)/python -m benchmarks.gradient_norms --peers $(ARGS)
+	$(BIN)/python -m benchmarks.procrustes $(ARGS)
 
 test: $(VENV)/.installed-test  ## Install and run the tests
 	$(BIN)/python -m pytest $(ARGS)
