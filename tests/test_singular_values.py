@@ -386,3 +386,24 @@ def test_a_zero_layer_has_rank_zero():
 def test_the_names_are_public():
     assert conditioning.singular_values is singular_values
     assert isinstance(singular_values(nn.Linear(2, 2)), conditioning.SingularValues)
+
+
+def test_gains_of_every_signal_lie_within_the_bounds_of_the_side_that_can_have_any():
+    torch.manual_seed(0)
+    for layer, shape in (
+        (nn.Conv2d(3, 8, 3, padding=1), (3, 6, 6)),
+        (nn.Conv2d(8, 3, 3, padding=1), (8, 6, 6)),
+        (nn.Linear(5, 5), (5,)),
+    ):
+        layer = layer.double()
+        found = singular_values(layer, shape)
+        x = torch.randn(1, *shape, dtype=torch.float64, requires_grad=True)
+        y = layer(x) - layer(torch.zeros_like(x))
+        g = torch.randn_like(y)
+        (pulled,) = torch.autograd.grad(y, x, g)
+        low, high = found.backward_bounds
+        assert low <= float(pulled.norm() / g.norm()) <= high
+        assert (low == 0) == (found.shape[0] > found.shape[1])
+        low, high = found.forward_bounds
+        assert low <= float((y.norm() / x.norm()).detach()) <= high
+        assert (low == 0) == (found.shape[1] > found.shape[0])

@@ -85,6 +85,20 @@ class SingularValues(Result):
         return Estimate(value, max(value - self.noise, 0.0), value + self.noise)
 
     @property
+    def backward_bounds(self) -> tuple[float, float]:
+        r"""What every :math:`\|W^T g\| / \|g\|` lies between.
+
+        From below by the smallest singular value, but by zero where there are more outputs than
+        inputs: some gradients are then lost whatever the smallest is.
+        """
+        return (self.smallest.low if self.shape[0] <= self.shape[1] else 0.0), self.largest.high
+
+    @property
+    def forward_bounds(self) -> tuple[float, float]:
+        r"""What every :math:`\|W x\| / \|x\|` lies between, see :attr:`backward_bounds`."""
+        return (self.smallest.low if self.shape[1] <= self.shape[0] else 0.0), self.largest.high
+
+    @property
     def range(self) -> SingularRange:
         """The ends alone, as of any operator."""
         return SingularRange(
