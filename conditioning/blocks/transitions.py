@@ -25,7 +25,8 @@ def transition_layers(
         Left as it was.
     inputs : Tensor, tuple or dict, or None
         Of one forward pass, which tells where the skips are. With ``None`` nothing is run: the
-        layers on skips are then those that some of the repeated blocks have and others lack.
+        layers on skips are then those that some of the repeated blocks have and others lack, and
+        that lead from the width of the block's input to that of its output.
     wanted : callable
         Says of a module whether it is a layer in question.
     stem : bool
@@ -55,12 +56,18 @@ def _by_running(measured: Measurement, wanted: Wanted, *, stem: bool) -> Iterato
         for residual in unit.residuals:
             yield from _modules(measured, residual.skip_path)
     inside = {unit.call.module for unit in units}
+    # With several layers it is a block without a skip, as those of MobileNets that change shape.
+    skipless: set[nn.Module] = set()
     for block in measured.blocks():
         if block.kind == "transition" and block.module not in inside:
-            for part in block.parts:
-                yield from (module for module in part.modules() if wanted(module))
+            layers = [m for part in block.parts for m in part.modules() if wanted(m)]
+            if len(layers) == 1:
+                yield layers[0]
+            else:
+                skipless.update(layers)
     if stem:
-        yield from _modules(measured, flow.back(units[0].source.op, ()).met)
+        before = _modules(measured, flow.back(units[0].source.op, ()).met)
+        yield from (module for module in before if module not in skipless)
 
 
 def _modules(measured: Measurement, ops: Iterable[int]) -> Iterator[nn.Module]:
@@ -77,12 +84,14 @@ def _by_structure(tree: Tree, wanted: Wanted, *, stem: bool) -> Iterator[nn.Modu
     units = [node for node in found if node is not None and node.children]
     if not units:
         return
-    layers = [(node, _relative(node, wanted)) for node in units]
+    layers = [(node, _relative(node, lambda m: wanted(m) or bool(_widths(m)))) for node in units]
     alike = Counter(type(node.inner) for node in units)
     having = Counter((type(node.inner), name) for node, inside in layers for name in inside)
     for node, inside in layers:
         kind = type(node.inner)
-        yield from (m for name, m in inside.items() if having[kind, name] < alike[kind])
+        rare = [m for name, m in inside.items() if having[kind, name] < alike[kind]]
+        others = [m for m in inside.values() if m not in rare]
+        yield from (module for module in rare if _bypasses(module, others))
     inside_units = {inner for node in units for inner in node}
     nodes = list(tree.root)
     first, last = nodes.index(units[0]), nodes.index(units[-1])
@@ -91,6 +100,25 @@ def _by_structure(tree: Tree, wanted: Wanted, *, stem: bool) -> Iterator[nn.Modu
     for node in nodes[first:last]:
         if node not in inside_units and width_change(node.inner):
             yield node.inner
+
+
+def _bypasses(module: nn.Module, others: list[nn.Module]) -> bool:
+    """Whether a layer changes the shape as all others of its block do together.
+
+    What else some blocks have and others lack does not: squeeze and excitation, an expansion.
+    """
+    known = [widths for other in others if (widths := _widths(other))]
+    if not known or not _widths(module):
+        return True
+    return _widths(module) == (known[0][0], known[-1][1]) and bool(width_change(module))
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.in_channels, module.out_channels
+    return None
 
 
 def _relative(node: Node, wanted: Wanted) -> dict[str, nn.Module]:

@@ -87,7 +87,7 @@ class IsometricDownsample(nn.Conv2d):
         rows, columns = self.out_channels, math.prod(self.weight.shape[1:])
         # A generator does not survive in a module, which must be copied and pickled.
         generator = getattr(self, "_generator", None)
-        drawn = torch.empty(rows, columns, dtype=torch.float64)
+        drawn = torch.empty(rows, columns, dtype=torch.float64, device="cpu")
         nn.init.orthogonal_(drawn, generator=generator)
         with torch.no_grad():
             self.weight.copy_(drawn.reshape(self.weight.shape))

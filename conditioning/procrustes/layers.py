@@ -7,6 +7,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -173,8 +174,9 @@ def _targets(layers: Mapping[str, nn.Module], target: Target) -> dict[str, str |
     else:
         found = dict.fromkeys(layers, target)
     for value in found.values():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value not in TARGETS and not (number and math.isfinite(value) and value > 0):
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        named = isinstance(value, str) and value in TARGETS
+        if not named and not (number and math.isfinite(value) and value > 0):
             msg = (
                 f"target must be 'backward', 'forward' or a positive number (the common singular "
                 f"value), got {value!r}."
@@ -208,6 +210,14 @@ def _checked(name: str, module: nn.Module) -> Geometry:
         raise UnsupportedParameterError(msg)
     if isinstance(weight, UninitializedParameter) or weight.is_meta:
         msg = f"The weight of {name!r} has no values yet: initialise the model first."
+        raise UnsupportedParameterError(msg)
+    shape = (geometry.groups * geometry.rows, geometry.columns, *geometry.kernel)
+    if weight.shape != shape:
+        msg = (
+            f"The weight of {name!r} has shape {tuple(weight.shape)}, which is not that of a "
+            f"{geometry.describe()}: a wrapper keeps it elsewhere or in parts (FSDP, ZeRO), or it "
+            f"was cut. Leave the layer out of that wrapper, or out of the projection."
+        )
         raise UnsupportedParameterError(msg)
     if not weight.dtype.is_floating_point or weight.layout != torch.strided:
         msg = (

@@ -196,11 +196,14 @@ class Procrustes:
 
     def _projected(self, group: list[Layer], sweeps: int) -> list[tuple[Layer, Tensor, Tensor]]:
         filters, targets = _stacked(group)
-        rounding = torch.finfo(group[0].weight.dtype).eps
+        # Entries of half precision are taken as they are: next to theirs, many a random matrix
+        # would have singular values of zero.
+        rounding = torch.finfo(filters.dtype).eps
         try:
-            after, deficient = routes.project(
-                filters, group[0].shape, targets, sweeps, self.method, rounding
-            )
+            with _exactly(filters):
+                after, deficient = routes.project(
+                    filters, group[0].shape, targets, sweeps, self.method, rounding
+                )
         except RuntimeError:
             # What decompositions raise for NaN says little.
             _refuse_non_finite(group)
@@ -258,7 +261,9 @@ class Procrustes:
         """
         schedule = Schedule(self._after_steps, self.layers, optimizer, every, probability, seed)
         if self._schedule is not None:
-            schedule.num_steps = self._schedule.num_steps
+            # Of optimizers that come in addition nothing is known.
+            known = self._schedule.num_steps[: len(schedule.num_steps)]
+            schedule.num_steps[: len(known)] = known
             self._schedule.remove()
         schedule.register()
         self._schedule = schedule
@@ -289,12 +294,12 @@ class Procrustes:
         total: Tensor | None = None
         for group in _groups(self.layers):
             filters, targets = _stacked(group)
-            values = routes.penalty(filters, group[0].shape, targets)
             # A layer with groups counts as one.
-            shares = torch.tensor(
-                [1 / layer.geometry.groups for layer in group for _ in range(layer.geometry.groups)]
-            ).to(values)
-            part = (values * shares).sum()
+            counts = [layer.geometry.groups for layer in group]
+            shares = tuple(1 / count for count in counts for _ in range(count))
+            with _exactly(filters):
+                values = routes.penalty(filters, group[0].shape, targets)
+                part = (values * routes.constant(shares, values.dtype, values.device)).sum()
             total = part if total is None else total + part.to(total.device)
         assert total is not None
         return total
@@ -343,6 +348,8 @@ class Procrustes:
         return {
             "layers": [layer.name for layer in self.layers],
             "num_projections": self.num_projections,
+            "seconds": self._seconds,
+            "steps_since": dict(self.steps_since),
             "num_steps": [] if self._schedule is None else list(self._schedule.num_steps),
         }
 
@@ -363,7 +370,8 @@ class Procrustes:
                 f"{', '.join(names)} with {len(steps)}."
             )
             raise InvalidArgumentError(msg)
-        self.num_projections = state["num_projections"]
+        self.num_projections, self._seconds = state["num_projections"], state["seconds"]
+        self.steps_since = dict(state["steps_since"])
         if self._schedule is not None:
             self._schedule.num_steps = list(state["num_steps"])
 
@@ -381,8 +389,15 @@ def _stacked(group: list[Layer]) -> tuple[Tensor, Tensor]:
     filters = routes.stacked(weights, [layer.geometry for layer in group])
     if filters.dtype.itemsize < 4:
         filters = filters.float()
-    targets = [layer.target for layer in group for _ in range(layer.geometry.groups)]
-    return filters, torch.tensor(targets, dtype=filters.dtype, device=filters.device)
+    if filters.device.type == "mps":
+        filters = filters.cpu()  # no double precision there
+    targets = tuple(layer.target for layer in group for _ in range(layer.geometry.groups))
+    return filters, routes.constant(targets, filters.dtype, filters.device)
+
+
+def _exactly(tensor: Tensor) -> torch.autocast:
+    """Without autocast, whose Gram matrices have three digits."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _refuse_non_finite(group: list[Layer]) -> None:

@@ -75,7 +75,7 @@ class LayerReport(Result):
     def __str__(self) -> str:
         text = f"{self.name}: {self.layer}; sigma {_ends(self.now)}, target {self.target:.4g}"
         if self.true is not None:
-            text += f"; as it runs {self.true.smallest} ... {self.true.largest}"
+            text += f"; as it runs {_as_it_runs(self.true)}"
         return text
 
 
@@ -145,7 +145,7 @@ class ProcrustesReport(Sequence[LayerReport]):
                 row.name, row.layer, row.operator, f"{row.target:.4g}", _ends(row.before),
                 _ends(row.after), _ends(row.now), _share(row.moved), _share(row.drift),
                 row.steps_since,
-                "" if row.true is None else f"{row.true.smallest} ... {row.true.largest}",
+                _as_it_runs(row.true),
             )
             for row in self._rows
         ]  # fmt: skip
@@ -171,7 +171,10 @@ def reported(
     input_shape : tuple of int or None
     """
     shape = layer.shape
-    now = layer.geometry.filters(layer.weight.detach()).to(torch.float64)
+    weight = layer.weight.detach()
+    # There is no double precision on that device.
+    weight = weight.cpu() if weight.device.type == "mps" else weight
+    now = layer.geometry.filters(weight).to(torch.float64)
     true = None
     if input_shape is not None:
         from conditioning.singular import singular_values
@@ -215,6 +218,19 @@ def _ends(ends: Ends | None) -> str:
         return ""
     low, high = ends
     return f"{low:.4g}" if high - low < 1e-4 * high else f"{low:.3g} ... {high:.3g}"
+
+
+def _as_it_runs(found: SingularValues | None) -> str:
+    """The range of the singular values that are not zero, and whether others are."""
+    if found is None:
+        return ""
+    least = found.smallest_nonzero
+    if least is None:
+        return f"{found.smallest} ... {found.largest}"
+    text = _ends((least.value, found.largest.value))
+    if found.rank is not None and found.rank < min(found.shape):
+        text += f", rank {found.rank} of {min(found.shape)}"
+    return text if found.status in ("exact", "exhausted") else f"{least} ... {found.largest}"
 
 
 def _share(value: float | None) -> str:

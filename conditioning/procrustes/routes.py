@@ -27,10 +27,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -148,8 +148,8 @@ def _lengths(shape: Shape, like: Tensor) -> Tensor:
         [math.ceil((k - tap % s) / s) for tap in range(k)]
         for k, s in zip(shape.kernel, shape.stride, strict=True)
     )
-    counts = [math.prod(each) for each in itertools.product(*axes)]
-    return torch.tensor(counts, dtype=torch.float64).rsqrt().to(like)
+    lengths = tuple(math.prod(each) ** -0.5 for each in itertools.product(*axes))
+    return constant(lengths, like.dtype, like.device)
 
 
 def singular_values(filters: Tensor, shape: Shape) -> Tensor:
@@ -161,6 +161,7 @@ def singular_values(filters: Tensor, shape: Shape) -> Tensor:
         float64, on the CPU.
     """
     exact = filters.detach().double()
+    found: Tensor
     if shape.route == "window":
         found = torch.linalg.svdvals(exact.flatten(2))
     else:
@@ -199,9 +200,35 @@ def _complex(filters: Tensor) -> tuple[torch.dtype, torch.device]:
     return torch.complex128 if double else torch.complex64, filters.device
 
 
-@lru_cache(maxsize=64)
 def _transform(shape: Shape, dtype: torch.dtype, device: torch.device) -> Polyphase:
+    found: Polyphase = _kept(_new_transform, shape, dtype, device)
+    return found
+
+
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device, copied there once: each copy makes the host wait for a GPU."""
+    found: Tensor = _kept(_new_constant, values, dtype, device)
+    return found
+
+
+def _new_transform(shape: Shape, dtype: torch.dtype, device: torch.device) -> Polyphase:
     return Polyphase(Grid.smallest(shape.kernel, shape.stride), dtype=dtype, device=device)
+
+
+def _new_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _kept(make: Callable[..., Any], *arguments: Any) -> Any:
+    # The compiler warns of caches, and looks through them.
+    return make(*arguments) if torch.compiler.is_compiling() else _cached(make, *arguments)
+
+
+@lru_cache(maxsize=256)
+def _cached(make: Callable[..., Any], *arguments: Any) -> Any:
+    # A tensor made in inference mode would be of no use to penalty().
+    with torch.inference_mode(mode=False):
+        return make(*arguments)
 
 
 def stacked(weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> Tensor:

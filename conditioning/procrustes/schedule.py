@@ -40,10 +40,11 @@ class Schedule:
         seed: int,
     ) -> None:
         check_counts(every=every)
-        if probability is not None and not 0 < probability <= 1:
+        number = isinstance(probability, (int, float, np.number))
+        if probability is not None and not (number and 0 < probability <= 1):
             msg = f"probability must lie in (0, 1] or be None, got {probability!r}."
             raise InvalidArgumentError(msg)
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
             msg = f"seed must be an integer >= 0, got {seed!r}."
             raise InvalidArgumentError(msg)
         several = isinstance(optimizer, Iterable) and not hasattr(optimizer, "step")
@@ -58,10 +59,12 @@ class Schedule:
         """Hook into the optimizers. They hold this object from then on, and not the reverse."""
         for place, optimizer in enumerate(self._optimizers):
 
-            def hook(*_: Any, place: int = place) -> None:
-                self._after_step(place)
+            def hook(stepped: Any, *_: Any, place: int = place) -> None:
+                if not _skipped(stepped):
+                    self._after_step(place)
 
-            self._handles.append(optimizer.register_step_post_hook(hook))
+            # A step that is compiled stops before it.
+            self._handles.append(optimizer.register_step_post_hook(torch.compiler.disable(hook)))
         self._optimizers = []
 
     def remove(self) -> None:
@@ -80,6 +83,15 @@ class Schedule:
         if self.probability is None:
             return True
         return bool(np.random.default_rng([self.seed, place, step]).random() < self.probability)
+
+
+def _skipped(optimizer: Any) -> bool:
+    """Whether ``GradScaler`` had a fused optimizer leave its weights as they were.
+
+    Of other optimizers it does not call the step.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
