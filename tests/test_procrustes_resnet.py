@@ -35,6 +35,7 @@ TINY = Sizes(
     augment=False,
     precision="float32",
     train_seeds=2,
+    deep_seeds=1,
     operator_seeds=1,
 )
 

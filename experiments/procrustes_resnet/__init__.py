@@ -51,8 +51,8 @@ class Sizes(Preset):
     train_seeds : int
         Of the ``seeds``, how many for what is trained. It counts for the preset's own number of
         seeds: another one, as asked for by ``--seeds``, is used for every cell.
-    operator_seeds : int
-        The same for single layers.
+    deep_seeds, operator_seeds : int
+        The same for the nets of ``deep``, and for single layers.
     """
 
     initial: tuple[int, ...]
@@ -68,13 +68,14 @@ class Sizes(Preset):
     augment: bool
     precision: str
     train_seeds: int
+    deep_seeds: int
     operator_seeds: int
 
 
 PRESETS = {
     "quick": Sizes(
-        summary="20 to 38 layers, a few epochs on small images; 5 seeds, 3 of single layers; two "
-        "minutes on two cores",
+        summary="20 to 40 layers, two epochs on small images; 5 seeds, but 4 of trained nets, 3 of "
+        "deep ones and of single layers (--seeds N: N of each); two minutes on two cores",
         seeds=5,
         initial=(2, 6),
         initial_batches=1,
@@ -84,11 +85,12 @@ PRESETS = {
         deep=(4,),
         size=12,
         batch=32,
-        epochs=3.0,
+        epochs=2.0,
         every=2,
         augment=False,
         precision="float32",
-        train_seeds=5,
+        train_seeds=4,
+        deep_seeds=3,
         operator_seeds=3,
     ),
     "short": Sizes(
@@ -109,6 +111,7 @@ PRESETS = {
         augment=True,
         precision="bfloat16",
         train_seeds=3,
+        deep_seeds=3,
         operator_seeds=5,
     ),
     "paper": Sizes(
@@ -129,6 +132,7 @@ PRESETS = {
         augment=True,
         precision="bfloat16",
         train_seeds=3,
+        deep_seeds=3,
         operator_seeds=5,
     ),
 }
@@ -153,9 +157,9 @@ def cells(sizes: Sizes, seeds: int) -> list[dict[str, Any]]:
     from experiments.procrustes_resnet import operators
     from experiments.procrustes_resnet.nets import DEEP_NETS, INITIAL_NETS, NETS
 
-    train, operator = (
+    train, deep, operator = (
         range(min(seeds, part) if seeds == sizes.seeds else seeds)
-        for part in (sizes.train_seeds, sizes.operator_seeds)
+        for part in (sizes.train_seeds, sizes.deep_seeds, sizes.operator_seeds)
     )
     found: list[dict[str, Any]] = [
         {"part": "full size", "layer": layer, "seed": seed}
@@ -172,8 +176,9 @@ def cells(sizes: Sizes, seeds: int) -> list[dict[str, Any]]:
     ]
     found += [
         {"part": "train", "net": net, "n": n, "seed": seed}
-        for n, net, seed in itertools.product(sizes.trained, NETS, train)
+        for n, net in itertools.product(sizes.trained, NETS)
         if n not in sizes.deep or net in DEEP_NETS
+        for seed in (deep if n in sizes.deep else train)
     ]
     return found
 

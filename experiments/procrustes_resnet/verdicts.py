@@ -310,10 +310,11 @@ def _errors(measured: Sequence[Pair]) -> list[Verdict]:
             def error(result: Result, what: str = what) -> float:
                 return float(result[f"{what}_error"])
 
+            both = [two for some in _pairs(measured, *pair).values() for two in some]
             means = [
-                f"{net} {np.mean([error(r) for _, r in parts(measured, 'train', net=net)]):.3f}"
-                for net in pair
-                if parts(measured, "train", net=net)
+                f"{net} {np.mean([error(two[place][1]) for two in both]):.3f}"
+                for place, net in enumerate(pair)
+                if both
             ]
             found.append(
                 _compared(
