@@ -32,6 +32,7 @@ TINY = Sizes(
     batch=32,
     epochs=0.3,
     every=1,
+    evaluations=2,
     augment=False,
     precision="float32",
     train_seeds=2,

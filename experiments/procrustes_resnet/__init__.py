@@ -44,6 +44,8 @@ class Sizes(Preset):
         How long they are.
     every : int
         After how many steps ratios are sampled.
+    evaluations : int
+        On test images, in an epoch.
     augment : bool
         Random crops after padding by 4, and flips.
     precision : {"float32", "bfloat16", "float16"}
@@ -65,6 +67,7 @@ class Sizes(Preset):
     batch: int
     epochs: float
     every: int
+    evaluations: int
     augment: bool
     precision: str
     train_seeds: int
@@ -87,6 +90,7 @@ PRESETS = {
         batch=32,
         epochs=2.0,
         every=2,
+        evaluations=4,
         augment=False,
         precision="float32",
         train_seeds=4,
@@ -108,6 +112,7 @@ PRESETS = {
         batch=128,
         epochs=30.0,
         every=100,
+        evaluations=1,
         augment=True,
         precision="bfloat16",
         train_seeds=3,
@@ -129,6 +134,7 @@ PRESETS = {
         batch=128,
         epochs=300.0,
         every=500,
+        evaluations=1,
         augment=True,
         precision="bfloat16",
         train_seeds=3,

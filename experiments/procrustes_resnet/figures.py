@@ -253,13 +253,13 @@ def _errors(path: Path, measured: Sequence[Pair], schedule: str, titles: Titles)
         cells = [(c, r) for c, r in trained if c["net"] == net and c["n"] == n]
         if not cells:
             continue
-        epochs = [e["epoch"] for e in cells[0][1]["evaluations"]]
+        epochs = [e["epochs"] for e in cells[0][1]["evaluations"]]
         rows = [[e["error"] for e in r["evaluations"]] for _, r in cells]
         whole = [row for row in rows if len(row) == len(epochs)]
         if whole:
             found = 100 * np.array(whole)
             # Curves of different nets side by side, so that bars do not hide each other.
-            shift = 0.06 * (list(NETS).index(net) - 2.5)
+            shift = 0.02 * epochs[0] * (list(NETS).index(net) - 2.5)
             mean = found.mean(0)
             left.errorbar(
                 np.array(epochs) + shift, mean, yerr=[mean - found.min(0), found.max(0) - mean],
@@ -306,7 +306,7 @@ def _errors(path: Path, measured: Sequence[Pair], schedule: str, titles: Titles)
     right.plot([], [], "o", color="0.3", markersize=4, label="filled: after the last epoch")
     right.plot(
         [], [], "o", color="0.3", markersize=4, markerfacecolor="none",
-        label="open: in the best epoch",
+        label="open: at the best evaluation",
     )  # fmt: skip
     right.set_xticks(range(len(names)), [_LABELS[net] for net in names], rotation=25, ha="right")
     right.set_ylabel("test error, %")

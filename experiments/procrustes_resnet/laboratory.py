@@ -150,6 +150,7 @@ class Laboratory:
             Trainer, net, images, labels, self.recipe, seed=cell["seed"],
             transform=pad_and_crop() if sizes.augment else None,
             evaluation=(test, test_labels),
+            evaluate_every=max(len(images) // sizes.batch // sizes.evaluations, 1),
         )  # fmt: skip
         procrustes = Procrustes.for_transitions(net, sample)
         if kind.projected:
@@ -195,7 +196,12 @@ class Laboratory:
                 [name for name in transitions if name != frame.columns[0]]
             ].to_numpy(),
             "evaluations": [
-                {"step": one.step, "epoch": one.epoch, "loss": one.loss, "error": one.error}
+                {
+                    "step": one.step,
+                    "epochs": one.step / trainer.steps_per_epoch,
+                    "loss": one.loss,
+                    "error": one.error,
+                }
                 for one in result.evaluations
             ],
             "final_error": math.inf if result.final_error is None else result.final_error,

@@ -287,7 +287,7 @@ _error = [
     )
     for what, when in (
         ("final", "after the last epoch"),
-        ("best", "in the best epoch, which is a choice on test data"),
+        ("best", "at the best evaluation, which is a choice on test data"),
     )
 ]
 
