@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="the experiment to run")
-    parser.add_argument("--preset", help="quick (default) or paper")
+    parser.add_argument("--preset", help="quick (default), paper, ...: listed without NAME")
     parser.add_argument("--data", metavar="DATA", help="digits, mnist, cifar10 or FILE.npz")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
     parser.add_argument("--seeds", type=int, metavar="N", help="how many seeds")
@@ -63,7 +63,7 @@ def _list(stream: TextIO) -> None:
         for preset, settings in experiment.PRESETS.items():
             print(f"  --preset {preset}: {settings.summary}", file=stream)
         print(f"  claims:\n{claim_list(experiment.claims())}\n", file=stream)
-    print("Run one with: python -m experiments NAME [--preset quick|paper] ...", file=stream)
+    print("Run one with: python -m experiments NAME [--preset PRESET] ...", file=stream)
 
 
 def _compare(arguments: Sequence[str]) -> int:

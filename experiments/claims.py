@@ -34,12 +34,15 @@ class Tolerance:
         Whether values below (above) the predicted one are accepted without limit.
     rtol, atol : float
         The slack on the sides that have a limit.
+    strict : bool
+        Whether the limit itself is not accepted: "below" is no "at most".
     """
 
     below: bool = False
     above: bool = False
     rtol: float = 0.0
     atol: float = 0.0
+    strict: bool = False
 
     def __post_init__(self) -> None:
         """Reject a slack that could not be meant."""
@@ -63,6 +66,30 @@ class Tolerance:
         """Accept whatever is not below the predicted value by more than this."""
         return cls(above=True, rtol=rtol, atol=atol)
 
+    @classmethod
+    def less_than(cls) -> Tolerance:
+        """Accept whatever is below the predicted value."""
+        return cls(below=True, strict=True)
+
+    @classmethod
+    def more_than(cls) -> Tolerance:
+        """Accept whatever is above the predicted value."""
+        return cls(above=True, strict=True)
+
+    def judge(self, low: float, high: float, predicted: float) -> Decision:
+        """Say whether an enclosure lies inside what is accepted, outside, or neither."""
+        least, most = self.accepted(predicted)
+        if self.strict and self.below:
+            most = math.nextafter(most, -math.inf)  # so that the limit itself lies outside
+        if self.strict and self.above:
+            least = math.nextafter(least, math.inf)
+        # Every comparison with NaN is false, which leaves "not decided".
+        if least <= low and high <= most:
+            return HOLDS
+        if high < least or low > most:
+            return FAILS
+        return NOT_DECIDED
+
     def accepted(self, predicted: float) -> tuple[float, float]:
         """Give the interval of accepted values."""
         if math.isnan(predicted):
@@ -79,6 +106,8 @@ class Tolerance:
         slack = [f"{self.rtol:g} relative"] if self.rtol else []
         slack += [f"{self.atol:g} absolute"] if self.atol else []
         amount = " + ".join(slack)
+        if self.strict:
+            return "below" if self.below else "above"
         if self.below:
             return f"at most, + {amount}" if amount else "at most"
         if self.above:
@@ -329,14 +358,8 @@ def decide(claim: Claim, measured: Measured, *, note: str = "") -> Verdict:
         expected number is NaN.
     """
     expected = _expected(claim, measured)
-    accept_low, accept_high = claim.tolerance.accepted(expected)
     low, high = measured.enclosure
-    value: Decision = NOT_DECIDED
-    # Every comparison with NaN is false, which leaves "not decided".
-    if accept_low <= low and high <= accept_high:
-        value = HOLDS
-    elif high < accept_low or low > accept_high:
-        value = FAILS
+    value = claim.tolerance.judge(low, high, expected)
     return Verdict(
         claim=claim,
         value=value,

@@ -302,3 +302,15 @@ def test_what_is_not_a_file_of_verdicts_is_said_to_be_none(tmp_path):
         path.write_text(content)
         with pytest.raises(VerdictFileError, match="not a file of verdicts"):
             read_verdicts(path)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "value"),
+    [(-1, -1e-9, "holds"), (-1, 0, "not decided"), (0, 0, "fails"), (0, 1, "fails"),
+     (-math.inf, -1, "holds"), (-1, math.inf, "not decided"), (math.nan, -1, "not decided")],
+)  # fmt: skip
+def test_below_is_no_at_most(low, high, value):
+    assert Tolerance.less_than().judge(low, high, 0.0) == value
+    assert Tolerance.more_than().judge(-high, -low, 0.0) == value
+    assert str(Tolerance.less_than()) == "below"
+    assert str(Tolerance.more_than()) == "above"

@@ -41,6 +41,7 @@ _LABELS: Mapping[str, str] = {
     OURS_FREE: "2×2, flat start, no projection",
 }
 _BAND = (0.97, 1.03)
+_TICKS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.2, 1.4, 1.7, 2, 3, 5)
 
 
 # -- tables ---------------------------------------------------------------------------------
@@ -141,9 +142,11 @@ def _ratios(path: Path, measured: Sequence[Pair], schedule: str, titles: Titles)
         ax.legend(fontsize="x-small", loc="upper left")
     low = min(ax.get_ylim()[0] for ax in axes)
     high = max(ax.get_ylim()[1] for ax in axes)
-    ticks = [t for t in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 5) if low < t < high]
+    ticks = [
+        t for t in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.2, 1.4, 1.7, 2, 3, 5) if low < t < high
+    ]
     for ax in axes:
-        ax.set_ylim(low, high * 1.6)
+        ax.set_ylim(low, high * 1.4)
         ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
     axes[0].set_ylabel("gradient norm at input / at output\nof the two downsamplings")
@@ -182,7 +185,7 @@ def _spectra(path: Path, measured: Sequence[Pair], titles: Titles) -> None:
         (
             "1×1, stride 2",
             {"none": "He", "ours ×1": "one polar factor (the paper's result)"},
-            titles(("layer.rank", "one for every second output only")),
+            titles(("layer.rank", "not zero for every second output only")),
         ),
         (
             "2×2, stride 2",
@@ -274,7 +277,8 @@ def _errors(path: Path, measured: Sequence[Pair], schedule: str, titles: Titles)
     left.set_xlabel("epoch")
     left.set_ylabel("test error, %")
     left.set_title(
-        f"{9 * n + 2} and {9 * n + 4} layers; bars: range over {_num_seeds(trained)} seeds"
+        f"{9 * n + 2} and {9 * n + 4} layers; "
+        f"lines: mean, bars: range over {_num_seeds(trained)} seeds"
     )
     left.legend(fontsize="x-small", loc="best")
     names = [net for net in NETS if any(c["net"] == net for c, _ in trained)]
@@ -308,18 +312,26 @@ def _errors(path: Path, measured: Sequence[Pair], schedule: str, titles: Titles)
         [], [], "o", color="0.3", markersize=4, markerfacecolor="none",
         label="open: at the best evaluation",
     )  # fmt: skip
-    right.set_xticks(range(len(names)), [_LABELS[net] for net in names], rotation=25, ha="right")
+    labels = [f"{_LABELS[net]}\n{_millions(trained, net, n)} M parameters" for net in names]
+    right.set_xticks(range(len(names)), labels, rotation=30, ha="right", fontsize="small")
     right.set_ylabel("test error, %")
     right.set_title(
         titles(
-            ("error.final-he", "ProcResNet no worse than ResNet"),
+            ("error.final-he", "ProcResNet no worse than ResNet, up to 1 s.e."),
             ("error.better-he", "... better"),
             ("error.better-free", "... better than without projection"),
+            ("error.better-2x2", "2×2 better than ResNet"),
+            ("error.better-2x2-free", "... better than without projection"),
         )
     )
     right.legend(fontsize="x-small", loc="best")
     figure.suptitle(f"Test error: {schedule}", x=0.01, ha="left")
     plots.save(figure, path)
+
+
+def _millions(cells: Sequence[Pair], net: str, n: int) -> str:
+    counts = {r["num_parameters"] for c, r in cells if c["net"] == net and c["n"] == n}
+    return "/".join(f"{count / 1e6:.3g}" for count in counts)
 
 
 def _inside(ax: Any, value: float) -> bool:

@@ -185,6 +185,8 @@ class Laboratory:
             "loss": float(np.mean(last)),
             "mean_loss": float(np.mean(result.losses)),
             "chance": math.log(self.dataset.num_classes),
+            "num_parameters": sum(p.numel() for p in net.parameters()),
+            "num_test": len(test),
             "training": split_summary(later if len(later) else frame.iloc[:1], transitions),
             "windows": [
                 {"first": first, "last": end, **split_summary(some, transitions)}

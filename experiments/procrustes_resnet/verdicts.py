@@ -8,20 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claims import Measured, Verdict, decide_every, geometric, over_runs
-from experiments.learning import AT_CHANCE, if_trained, loss
-from experiments.procrustes_resnet.nets import (
-    OURS,
-    OURS_FREE,
-    PAPER,
-    PAPER_FREE,
-    RESNET,
-    SMALL_SHORTCUT,
-)
-from experiments.procrustes_resnet.statements import CLAIMS
+from experiments.claims import Measured, Verdict, decide_every, over_runs
+from experiments.procrustes_resnet import trainings
+from experiments.procrustes_resnet.nets import OURS, PAPER
+from experiments.procrustes_resnet.statements import BY_ID, CLAIMS
 from experiments.sweep import Pair, name, parts
 
-BY_ID = {claim.id: claim for claim in CLAIMS}
 Result = Mapping[str, Any]
 Value = Callable[[Result], float]
 
@@ -32,9 +24,9 @@ def decide_claims(measured: Sequence[Pair]) -> list[Verdict]:
         *_full_size(measured),
         *_layers(measured),
         *_initial(measured),
-        *_drift(measured),
-        *_training(measured),
-        *_errors(measured),
+        *trainings.drift(measured),
+        *trainings.at_the_end(measured),
+        *trainings.errors(measured),
     ]
     by_id = {verdict.claim.id: verdict for verdict in found}
     return [by_id[claim.id] for claim in CLAIMS]
@@ -173,160 +165,3 @@ def _initial(measured: Sequence[Pair]) -> list[Verdict]:
 def _downsampling(result: Result) -> Mapping[str, Any]:
     found: Mapping[str, Any] = result["downsampling"]
     return found
-
-
-def _pairs(measured: Sequence[Pair], one: str, other: str) -> dict[int, list[tuple[Pair, Pair]]]:
-    """Cells of two nets with the same size and seed, by size."""
-    others = {(c["n"], c["seed"]): (c, r) for c, r in parts(measured, "train", net=other)}
-    found: dict[int, list[tuple[Pair, Pair]]] = {}
-    for cell, result in parts(measured, "train", net=one):
-        partner = others.get((cell["n"], cell["seed"]))
-        if partner is not None:
-            found.setdefault(cell["n"], []).append(((cell, result), partner))
-    return found
-
-
-def _compared(
-    claim: str,
-    measured: Sequence[Pair],
-    nets: tuple[str, str],
-    value: Value,
-    *,
-    difference: bool = False,
-    note: str = "",
-) -> Verdict:
-    """Quotients, or differences, of a value of two nets with the same seed, at each size."""
-    pairs = _pairs(measured, *nets)
-    found, cells = [], []
-    for n, both in pairs.items():
-        values = [(value(one[1]), value(other[1])) for one, other in both]
-        run = f"{nets[0]} against {nets[1]}, n={n}"
-        found.append(
-            over_runs([a - b for a, b in values], run=run)
-            if difference
-            else geometric([a / b for a, b in values], run=run)
-        )
-        cells += [pair for two in both for pair in two]
-    return if_trained(decide_every(BY_ID[claim], found, note=note), cells, AT_CHANCE)
-
-
-def _drift(measured: Sequence[Pair]) -> list[Verdict]:
-    def drift(result: Result) -> float:
-        return float(result["training"]["downsampling"]["mean"])
-
-    ours, paper = (
-        [
-            Measured(reduce(np.asarray(result["downsampling_ratios"])), run=name(cell))
-            for cell, result in parts(measured, "train", net=net)
-        ]
-        for net, reduce in (
-            (OURS, lambda ratios: float(np.abs(1 - ratios).max())),
-            (PAPER, lambda ratios: float(ratios.max())),
-        )
-    )
-    free = [
-        (net, n, [(c, r) for c, r in parts(measured, "train", net=net) if c["n"] == n])
-        for net in (PAPER_FREE, OURS_FREE)
-        for n in sorted({c["n"] for c, _ in parts(measured, "train", net=net)})
-    ]
-    late = [
-        over_runs(
-            [_last(r)["downsampling"]["mean"] for _, r in cells if r["windows"]],
-            run=f"{net} n={n}",
-        )
-        for net, n, cells in free
-    ]
-    return [
-        _compared(
-            "train.1x1", measured, (PAPER, PAPER_FREE), drift, note=_ends(measured)
-        ),
-        _compared("train.1x1-resnet", measured, (PAPER, RESNET), drift),
-        decide_every(BY_ID["train.1x1-bound"], paper),
-        decide_every(BY_ID["train.2x2"], ours),
-        if_trained(
-            decide_every(BY_ID["train.flat-init"], late),
-            [pair for _, _, cells in free for pair in cells],
-            AT_CHANCE,
-        ),
-    ]  # fmt: skip
-
-
-def _last(result: Result) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = result["windows"][-1]
-    return found
-
-
-def _ends(measured: Sequence[Pair]) -> str:
-    """Where the ratios end, for a reader."""
-    shown = []
-    for net in (PAPER, PAPER_FREE, RESNET):
-        rows = [
-            _last(r)["downsampling"]["ratios"]
-            for _, r in parts(measured, "train", net=net)
-            if r["windows"]
-        ]
-        if rows:
-            means = ", ".join(f"{value:.2f}" for value in np.mean(rows, axis=0))
-            shown.append(f"{net} {means}")
-    return f"ratios in the last window: {'; '.join(shown)}" if shown else ""
-
-
-def _training(measured: Sequence[Pair]) -> list[Verdict]:
-    spectra = [
-        Measured(end / layer["target"], run=f"{name(cell)} {layer['name']}")
-        for net in (PAPER, OURS)
-        for cell, result in parts(measured, "train", net=net)
-        for layer in result["projected"]
-        for end in layer["now"]
-    ]
-    nets = (PAPER, RESNET)
-    return [
-        decide_every(BY_ID["train.spectrum"], spectra),
-        _compared(
-            "train.speed", measured, nets, lambda r: float(r["mean_loss"]), note=_losses(measured)
-        ),
-    ]
-
-
-def _losses(measured: Sequence[Pair]) -> str:
-    cells = [pair for net in (PAPER, RESNET) for pair in parts(measured, "train", net=net)]
-    if not cells:
-        return ""
-    found = [loss(result) for _, result in cells]
-    return f"losses at the end are {min(found):.2g} to {max(found):.2g} of that of guessing"
-
-
-def _errors(measured: Sequence[Pair]) -> list[Verdict]:
-    nets = {
-        "he": (PAPER, RESNET),
-        "small": (PAPER, SMALL_SHORTCUT),
-        "free": (PAPER, PAPER_FREE),
-        "2x2": (OURS, RESNET),
-    }
-    found = []
-    for key, pair in nets.items():
-        for what in ("final", "best"):
-
-            def error(result: Result, what: str = what) -> float:
-                return float(result[f"{what}_error"])
-
-            both = [two for some in _pairs(measured, *pair).values() for two in some]
-            means = [
-                f"{net} {np.mean([error(two[place][1]) for two in both]):.3f}"
-                for place, net in enumerate(pair)
-                if both
-            ]
-            found.append(
-                _compared(
-                    f"error.{what}-{key}", measured, pair, error, difference=True,
-                    note=", ".join(means),
-                )
-            )  # fmt: skip
-    better = (
-        _compared(
-            f"error.better-{key}", measured, nets[key], lambda r: float(r["final_error"]),
-            difference=True,
-        )
-        for key in ("he", "free")
-    )  # fmt: skip
-    return [*found, *better]
