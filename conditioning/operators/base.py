@@ -134,7 +134,7 @@ class LinearOperator:
         for begin in range(0, columns, step):
             end = min(begin + step, columns)
             block = torch.zeros(columns, end - begin, dtype=self.dtype, device=self.device)
-            block[torch.arange(begin, end), torch.arange(end - begin)] = 1
+            block[begin:end].fill_diagonal_(1)
             matrix[:, begin:end] = self.matmat(block)
         return matrix
 

@@ -145,12 +145,12 @@ def geometry_of(layer: nn.Module) -> Geometry:
     UnsupportedLayerError
         If it is something else, or a subclass that computes something else.
     """
-    if isinstance(layer, nn.Linear) and _unchanged(layer, (nn.Linear,), ("forward",)):
+    if isinstance(layer, nn.Linear) and _unchanged(layer, ("forward",)):
         return Geometry(layer.in_features, layer.out_features)
     transposed = isinstance(layer, _TRANSPOSED)
     known = _TRANSPOSED if transposed else _CONVOLUTIONS
     methods = ("forward",) if transposed else ("forward", "_conv_forward")
-    if isinstance(layer, known) and _unchanged(layer, known, methods):
+    if isinstance(layer, known) and _unchanged(layer, methods):
         kernel = tuple(layer.kernel_size)
         return Geometry(
             in_channels=layer.in_channels,
@@ -171,9 +171,15 @@ def geometry_of(layer: nn.Module) -> Geometry:
     raise UnsupportedLayerError(msg)
 
 
-def _unchanged(layer: nn.Module, known: tuple[type, ...], methods: tuple[str, ...]) -> bool:
+def base_of(layer: nn.Module) -> type[nn.Module]:
+    """The class of torch that a linear or convolutional layer computes as."""
+    known = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+    return next(cls for cls in known if isinstance(layer, cls))
+
+
+def _unchanged(layer: nn.Module, methods: tuple[str, ...]) -> bool:
     """Whether a subclass computes what its base does."""
-    base = next(cls for cls in known if isinstance(layer, cls))
+    base = base_of(layer)
     return all(getattr(type(layer), name) is getattr(base, name) for name in methods)
 
 

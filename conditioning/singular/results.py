@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from conditioning.singular.scales import norm_of
 from conditioning.spectrum import Estimate
 from conditioning.spectrum.results import Result
 from conditioning.spectrum.singular_bounds import SingularRange, SingularStatus
@@ -120,20 +120,24 @@ def exact_result(
     layer: str,
     input_shape: tuple[int, ...] | None,
     shape: tuple[int, int],
+    scale: float = 1.0,
     note: str = "",
     num_matvecs: int = 0,
 ) -> SingularValues:
-    """The result where all values are known, descending, to within ``noise``."""
+    """The result where all values are known, descending, to within ``noise``, times ``scale``."""
+    norm = norm_of(values) * scale
+    values, noise = values * scale, noise * scale
     top, low = float(values[0]), float(values[-1])
     rank = int((values > noise).sum())
     count = len(values)
     message = f"all {count} singular values known" if count > 1 else "the only singular value known"
-    if rank == 0:
+    if top == 0:
         message += "; the operator is zero"
+    elif rank == 0:
+        message += "; none is above rounding"
     elif rank < count:
         least = float(values[rank - 1])
         message += f"; rank {rank}, and the smallest of those that are not zero is {least:.4g}"
-    norm = float(torch.linalg.vector_norm(values))
     return SingularValues(
         Estimate(top, max(top - noise, 0.0), top + noise),
         Estimate(low, max(low - noise, 0.0), low + noise),

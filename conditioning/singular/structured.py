@@ -121,14 +121,14 @@ class Placement:
         position in one window, as padding by reflection makes them, are added before.
         """
         g = self.geometry
-        flat = g.filters(weight).reshape(-1, g.taps)
+        flat = g.filters(weight).reshape(-1, g.taps).to(device="cpu", dtype=torch.float64)
         gram = flat.T @ flat
-        meetings = torch.ones(1, 1, dtype=gram.dtype)
+        meetings = torch.ones(1, 1, dtype=gram.dtype, device="cpu")
         for axis in range(g.num_axes):
             places = self.positions(axis)
             same = (places[:, :, None] == places[:, None, :]) & (places[:, :, None] >= 0)
             meetings = torch.kron(meetings, torch.from_numpy(same.sum(0)).to(gram.dtype))
-        return float((gram * meetings.to(gram.device)).sum())
+        return float((gram * meetings).sum())
 
 
 def window_values(placement: Placement, weight: Tensor) -> Tensor:
@@ -206,7 +206,11 @@ def _whole_and_cut(positions: np.ndarray) -> list[tuple[list[int], int]]:
 
 
 def with_zeros(values: Tensor, count: int) -> Tensor:
-    """Singular values in descending order, on the CPU in float64, filled up to their number."""
+    """Singular values in descending order, on the CPU in float64, as many as there are.
+
+    There may be more than ``count`` of them where several parts with zeros of their own were
+    measured: what is over is zero, since no rank is larger than ``count``.
+    """
     values = values.detach().to(device="cpu", dtype=torch.float64)
-    zeros = values.new_zeros(count - len(values))
-    return torch.cat([values.sort(descending=True).values, zeros])
+    zeros = values.new_zeros(max(count - len(values), 0))
+    return torch.cat([values.sort(descending=True).values[:count], zeros])

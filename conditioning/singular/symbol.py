@@ -41,10 +41,13 @@ class Grid:
     def smallest(cls, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Grid:
         """The smallest circles on which a flat spectrum is flat on every larger one, too.
 
-        ``B(g) B(g)*`` and ``A(f)* A(f)`` hold no lag beyond ``k - 1``, so ``2k - 1`` frequencies
-        determine them.
+        With ``L = floor((k - 1) / s)``, two windows share inputs only up to ``L`` apart, and two
+        groups of ``s`` inputs share a window only up to ``L`` apart. So, up to a unitary matrix
+        for each frequency, ``B(g) B(g)*`` and ``B(g)* B(g)`` are trigonometric polynomials with
+        the ``2L + 1`` lags ``-L ... L``. As many frequencies determine them, and by Parseval the
+        mean of their squared entries over these frequencies is that over all.
         """
-        sizes = tuple(s * math.ceil((2 * k - 1) / s) for k, s in zip(kernel, stride, strict=True))
+        sizes = tuple(s * (2 * ((k - 1) // s) + 1) for k, s in zip(kernel, stride, strict=True))
         return cls(kernel, stride, sizes, (1,) * len(kernel))
 
     @property
@@ -124,7 +127,7 @@ class Polyphase:
 def _waves(grid: Grid, frequencies: Tensor) -> Tensor:
     shifts = _all(range(0, n, m) for n, m in zip(grid.sizes, grid.outputs, strict=True))
     taps = _all(map(range, grid.kernel))
-    sizes, dilation = torch.tensor(grid.sizes), torch.tensor(grid.dilation)
+    sizes, dilation = (torch.tensor(t, device="cpu") for t in (grid.sizes, grid.dilation))
     inputs = frequencies[:, None, :] + shifts
     # Whole numbers modulo N before the division: no digit is lost on large grids.
     turns = (inputs[:, :, None, :] * (taps * dilation) % sizes).double() / sizes
@@ -134,4 +137,5 @@ def _waves(grid: Grid, frequencies: Tensor) -> Tensor:
 
 def _all(ranges: Iterable[range]) -> Tensor:
     """All points of a product of ranges, ``(count, axes)``, the last axis fastest."""
-    return torch.tensor(list(itertools.product(*ranges)), dtype=torch.int64)
+    points = list(itertools.product(*ranges))
+    return torch.tensor(points, dtype=torch.int64, device="cpu")

@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from conditioning.errors import (
+    AsymmetricOperatorError,
     DenseTooLargeError,
     InvalidArgumentError,
+    NonFiniteError,
     ShapeError,
 )
 from conditioning.krylov import make_generator, random_start
 from conditioning.memory import format_bytes
 from conditioning.operators.base import dense_bytes
-from conditioning.singular.operator import FixedLayer, LayerOperator, checked_shape
+from conditioning.singular.fixed import FixedLayer, checked_shape
+from conditioning.singular.operator import LayerOperator
 from conditioning.singular.results import SingularValues, exact_result
+from conditioning.singular.scales import norm_of
 from conditioning.singular.structured import (
     Placement,
     circular_grid,
@@ -34,9 +38,14 @@ from conditioning.spectrum.singular_bounds import SingularOptions
 
 OPERATORS = ("true", "circular", "kernel")
 
-# Up to here the dense route takes a few seconds on one core, and gives all values for it.
-_DENSE_SIDE = 2048
-_DENSE_WORK = 1e10  # squares of the smaller side times the larger, over all groups
+# Roughly what one core does in a second; only their ratio matters. The dense solver: the square of
+# the smaller side times the larger. Products: bytes of a basis that are read, and multiplications.
+_DENSE_RATE = 2.6e9
+_BYTES_RATE = 1.4e10
+_PRODUCT_RATE = 1e10
+_PRODUCT_SECONDS = 1e-3
+# All singular values are worth this many times the enclosures of two.
+_DENSE_WORTH = 2
 _AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 
@@ -46,6 +55,7 @@ def singular_values(
     operator: str = "true",
     *,
     rtol: float = 1e-2,
+    atol: float = 0.0,
     max_matvecs: int | None = None,
     failure_probability: float = 1e-6,
     seed: int | torch.Generator = 0,
@@ -72,6 +82,8 @@ def singular_values(
         ``kernel`` is the matrix of a window, ``(rows, columns * taps)``, of all groups.
     rtol : float
         Without all values: stop when ``high / low <= 1 + rtol`` at both ends.
+    atol : float
+        An enclosure that is narrower than this is good enough too.
     max_matvecs : int, optional
         A limit on the products of that route, 1000 by default. The dense route is taken only
         where its products, as many as the smaller side has entries, stay within a given limit.
@@ -83,7 +95,8 @@ def singular_values(
         Of the true operator. ``auto`` takes the cheapest exact route there is, ``dense`` makes
         the matrix, ``lanczos`` takes products only.
     memory_budget : int, optional
-        Bytes for the matrix, the blocks or the Krylov bases. Default: half of what is free.
+        Bytes for the matrix, the blocks or the Krylov bases. Default: half of what is free. One
+        block, one vector and bases of 8 products are held even where they take more.
     dtype : torch.dtype
         Weights of any precision are taken to this one, float64 or float32.
 
@@ -100,9 +113,10 @@ def singular_values(
     UnsupportedParameterError
         If a parameter is complex, integer, sparse, sharded (DTensor), or has no data yet.
     NonFiniteError
-        If a parameter is not finite.
+        If a parameter, an output or a product is not finite.
     ShapeError
-        If the layer does not take inputs of that shape, or a kernel is larger than they are.
+        If the layer does not take inputs of that shape, a kernel is larger than they are, or
+        the weight has no entries.
     InvalidArgumentError
         If ``input_shape`` is missing, an option is out of range, or on a circle the stride does
         not divide the size.
@@ -110,6 +124,8 @@ def singular_values(
         If ``method="dense"`` does not fit ``memory_budget``.
     RandomForwardError
         If a module is random, or normalises by the batch, in the mode that it is in.
+    LossWithoutGraphError, AsymmetricOperatorError
+        If the backward pass is cut off, or not the transpose of the forward pass.
 
     Notes
     -----
@@ -125,8 +141,8 @@ def singular_values(
     1. No input is read twice (linear layers, kernels not larger than their stride): a direct sum
        of the matrix of a window, whole and cut. All values, no product.
     2. Circular padding that closes the circle: one matrix for each frequency. All values.
-    3. A smaller side of at most 2048 in each group: the dense matrices, of all groups together.
-       All values.
+    3. The dense matrices of all groups, where they are expected to take no more than twice the
+       time of the fourth route at its limit of products. All values.
     4. Golub-Kahan runs on the forward and backward pass of the layer, which enclose both ends
        (:func:`conditioning.singular_range`). Axes along which windows are independent are
        measured at one window.
@@ -135,8 +151,18 @@ def singular_values(
     second holds ``3 * 16`` bytes for each entry of the blocks in work, at most 256 MiB in all. The
     fourth holds ``4 (m + n)`` bytes a product.
 
+    Times on one core, by the first two routes: a linear layer 1024 -> 1024 0.3 s; a 3x3 kernel on
+    circles with 64 channels at 56x56 0.5 s, with 256 at 14x14 1 s. By the third: 3x3 with 32
+    channels at 8x8 3 s, depthwise 7x7 with 32 channels at 28x28 6 s. By the fourth: 3x3 with 64
+    channels at 28x28 0.5, at 56x56 more than 2 minutes for the 1000 products of the default
+    limit, after which the largest is certified and the smallest often bounded from above only
+    (status ``one-sided``). The time of the fourth grows with the square of
+    ``max_matvecs``: pass a smaller one, or a larger ``rtol`` or ``atol``, where the largest is
+    what is wanted.
+
     Parametrised and hooked weights (spectral norm, weight norm) are those of the next forward
-    pass in the mode that the layer is in.
+    pass in the mode that the layer is in. Weights of linear and convolutional layers that are
+    extremely large or small are divided by a power of two first, and results multiplied by it.
 
     References
     ----------
@@ -158,7 +184,7 @@ def singular_values(
     AvgPool2d: true operator on (1, 4, 4), 4 x 16: sigma_max = 0.5 ± ... (exact, ... products): ...
     """
     options = SingularOptions(
-        rtol, 0.0, max_matvecs, failure_probability, "both", method, memory_budget
+        rtol, atol, max_matvecs, failure_probability, "both", method, memory_budget
     )
     check_choice(OPERATORS, operator=operator)
     generator = make_generator(seed)
@@ -166,6 +192,7 @@ def singular_values(
     if operator == "kernel":
         return _of_kernel(fixed)
     shape = _input_shape(fixed, input_shape)
+    fixed.verify(shape)
     if operator == "circular":
         return _on_circles(fixed, shape, options)
     return _TrueOperator(fixed, shape, options).measure(generator)
@@ -184,7 +211,7 @@ def _of_kernel(fixed: FixedLayer) -> SingularValues:
     values = with_zeros(kernel_values(geometry, weight), min(shape))
     return exact_result(
         values, _noise(values, fixed.dtype), operator="kernel", layer=geometry.describe(),
-        input_shape=None, shape=shape, note=note,
+        input_shape=None, shape=shape, scale=fixed.scale, note=note,
     )  # fmt: skip
 
 
@@ -207,7 +234,8 @@ def _on_circles(
         note = "; on circles, without borders: for the layer as it runs use operator='true'"
     return exact_result(
         values, _noise(values, fixed.dtype), operator="circular", layer=geometry.describe(),
-        input_shape=input_shape, shape=shape[::-1] if geometry.transposed else shape, note=note,
+        input_shape=input_shape, shape=shape[::-1] if geometry.transposed else shape,
+        scale=fixed.scale, note=note,
     )  # fmt: skip
 
 
@@ -218,9 +246,9 @@ class _TrueOperator:
         self, fixed: FixedLayer, input_shape: tuple[int, ...], options: SingularOptions
     ) -> None:
         self.fixed, self.input_shape, self.options = fixed, input_shape, options
-        self.geometry = fixed.geometry
         # First of all, since it lets the layer itself say what it takes.
         self.operator = LayerOperator(fixed, input_shape, memory_budget=options.memory_budget)
+        self.geometry = fixed.geometry
         self.shape = self.operator.shape
         axes = 0 if self.geometry is None else self.geometry.num_axes
         self.sizes = input_shape[len(input_shape) - axes :]
@@ -260,7 +288,8 @@ class _TrueOperator:
         values = with_zeros(found, min(self.shape))
         return exact_result(
             values, error + _noise(values, self.fixed.dtype), operator="true", layer=self.name,
-            input_shape=self.input_shape, shape=self.shape, num_matvecs=self.operator.num_matvecs,
+            input_shape=self.input_shape, shape=self.shape, scale=self.fixed.scale,
+            num_matvecs=self.operator.num_matvecs,
         )  # fmt: skip
 
     # -- the dense route --------------------------------------------------------------------
@@ -276,6 +305,18 @@ class _TrueOperator:
     def _dense_bytes(self) -> int:
         return dense_bytes(self._block, torch.float64) * (self.operator.shape[0] // self._block[0])
 
+    @property
+    def _lanczos_seconds(self) -> float:
+        """Roughly what products up to the limit take on one core."""
+        count = min(self.options.limit, 2 * min(self.operator.shape))
+        # Each product reads a half basis four times, which is half grown in the mean.
+        bases = count / 4 * sum(self.operator.shape) / 2 * 4 * 8
+        each = bases / _BYTES_RATE + _PRODUCT_SECONDS
+        if self.geometry is not None:
+            windows = math.prod(Placement(self.geometry, self.sizes).windows)
+            each += self.fixed.weight.numel() * windows / _PRODUCT_RATE
+        return count * each
+
     def _takes_dense(self) -> bool:
         options, (small, large) = self.options, sorted(self._block)
         budget = options.bytes_on(self.fixed.device)
@@ -290,8 +331,8 @@ class _TrueOperator:
         if options.method != "auto":
             return options.method == "dense"
         affordable = options.max_matvecs is None or small + 1 <= options.max_matvecs
-        work = small * large * min(self.operator.shape)
-        return fits and affordable and small <= _DENSE_SIDE and work <= _DENSE_WORK
+        seconds = small * large * min(self.operator.shape) / _DENSE_RATE
+        return fits and affordable and seconds <= _DENSE_WORTH * self._lanczos_seconds
 
     def _dense(self) -> tuple[Tensor, float]:
         """All singular values of the groups, and the rounding of the products."""
@@ -307,41 +348,73 @@ class _TrueOperator:
             end = min(begin + step, near)
             # The same entry in every group: their outputs do not meet.
             units = torch.zeros(groups, near, end - begin, **self.fixed.placement)
-            units[:, torch.arange(begin, end), torch.arange(end - begin)] = 1
+            units[:, range(begin, end), range(end - begin)] = 1
             matrix[:, :, begin:end] = multiply(units.flatten(0, 1)).unflatten(0, (groups, far))
         probe = random_start(groups * far, 0, self.fixed.device).to(self.fixed.dtype)
         other = operator.matvec if wide else operator.rmatvec
         expected = torch.einsum("gfn,gf->gn", matrix, probe.view(groups, far)).flatten()
-        gap = float((other(probe) - expected).norm())
+        product = other(probe)
+        if not bool(torch.isfinite(matrix).all() and torch.isfinite(product).all()):
+            msg = (
+                f"Products of the {self.name} are not finite (NaN or infinity): look for overflow."
+            )
+            raise NonFiniteError(msg)
+        gap, size = norm_of(product - expected), norm_of(expected)
+        if gap > 0.1 * size > 0:
+            msg = (
+                f"The backward pass of the {self.name} is not the transpose of its forward pass: "
+                f"on a random vector they differ by {gap / size:.1e} of its size. Look for a "
+                f"custom autograd.Function, .detach(), or hooks that change gradients."
+            )
+            raise AsymmetricOperatorError(msg)
         # For a normal probe the gap is in the mean the Frobenius norm of the error.
         return torch.linalg.svdvals(matrix).flatten(), 3 * gap
 
     # -- products only ----------------------------------------------------------------------
 
     def _by_products(self, times: int, generator: torch.Generator) -> SingularValues:
-        options = self.options
+        options, scale = self.options, self.fixed.scale
         rank, norm = times * min(self.operator.shape), None
         if self.geometry is not None:
             placement = Placement(self.geometry, self.sizes)
             rank = min(rank, placement.most_rank)
             norm = placement.square_sum(self.fixed.weight) ** 0.5
+            self.operator.check_transpose()
         zeros = min(self.shape) - rank
         found = singular_range(
             self.operator, options.rtol, options.max_matvecs, options.failure_probability,
-            generator, which="largest" if zeros else "both", method="lanczos",
-            memory_budget=options.memory_budget,
+            generator, atol=options.atol / scale, which="largest" if zeros else "both",
+            method="lanczos", memory_budget=options.memory_budget,
         )  # fmt: skip
-        smallest = Estimate(0.0, 0.0, 0.0) if zeros else found.smallest
-        message = (
-            f"{found.message}; {zeros} are zero by the shape alone" if zeros else found.message
+        message, status = found.message, found.status
+        if scale != 1:
+            message += f" (numbers in this message are in units of {scale:.4g})"
+        noise, lost = found.noise, 0.0
+        if self.fixed.rounded:
+            # Every weight is off by up to half a rounding unit, and no value by more than all.
+            size = found.largest.high * rank**0.5 if norm is None else norm
+            lost = size * torch.finfo(self.fixed.dtype).eps
+            noise += lost
+            message += (
+                f"; that weights are rounded to {self.fixed.dtype} may move values by "
+                f"{lost * scale:.2g}"
+            )
+        largest, smallest = (
+            Estimate(end.value * scale, max(end.low - lost, 0.0) * scale, (end.high + lost) * scale)
+            for end in (found.largest, found.smallest)
         )
+        if zeros:
+            smallest = Estimate(0.0, 0.0, 0.0)
+            message += f"; {zeros} are zero by the shape alone"
+        elif found.smallest.low > 0 and smallest.low == 0:
+            status = "not resolvable"
         affordable = self._dense_bytes <= options.bytes_on(self.fixed.device)
         if affordable and not zeros and not options.tight(smallest):
             message += f". All by method='dense': {format_bytes(self._dense_bytes)}"
-        rows, columns = (None if norm is None else norm / size**0.5 for size in self.shape)
+        rows, columns = (None if norm is None else norm * scale / n**0.5 for n in self.shape)
         return SingularValues(
-            found.largest, smallest, "true", self.name, self.input_shape, self.shape, None, None,
-            rows, columns, found.status, message, found.num_matvecs, found.noise,
+            largest, smallest, "true", self.name, self.input_shape, self.shape, None, None,
+            rows, columns, status, message, found.num_matvecs, noise * scale,
             found.failure_probability,
         )  # fmt: skip
 
@@ -361,7 +434,7 @@ def _input_shape(fixed: FixedLayer, given: Sequence[int] | None) -> tuple[int, .
         if shape[-1] != geometry.in_channels:
             msg = (
                 f"The input_shape of a {geometry.describe()} layer ends in "
-                f"{geometry.in_channels}, got {given!r}."
+                f"{geometry.in_channels}, got {shape}."
             )
             raise ShapeError(msg)
         return shape
@@ -370,6 +443,8 @@ def _input_shape(fixed: FixedLayer, given: Sequence[int] | None) -> tuple[int, .
     else:
         axes = ", ".join(_AXES[geometry.num_axes])
         what, wanted = f"a {geometry.describe()}", f"({geometry.in_channels}, {axes})"
+    if given is None and isinstance(fixed.layer, nn.Linear):
+        return (fixed.layer.in_features,)
     if given is None:
         msg = (
             f"The singular values of {what} depend on the size of its input: pass "
@@ -381,6 +456,6 @@ def _input_shape(fixed: FixedLayer, given: Sequence[int] | None) -> tuple[int, .
     if geometry is not None and (
         len(shape) != 1 + geometry.num_axes or shape[0] != geometry.in_channels
     ):
-        msg = f"The input of {what} is input_shape={wanted}, without the batch, got {given!r}."
+        msg = f"The input of {what} is input_shape={wanted}, without the batch, got {shape}."
         raise ShapeError(msg)
     return shape
