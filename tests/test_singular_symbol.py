@@ -127,10 +127,104 @@ def test_single_precision_blocks_are_near_the_double_ones():
     assert (coarse - fine).abs().max() < 1e-5
 
 
-def test_a_flat_spectrum_on_the_smallest_grid_is_flat_on_a_larger_one():
-    # A 3x3 kernel with orthogonal columns over all taps: its spectrum is flat on any circle.
-    basis = torch.linalg.qr(random_filters(Grid((3, 3), (1, 1), (9, 9), (1, 1)), 20, 2).flatten(1))
-    filters = basis[0].reshape(20, 2, 3, 3)
-    for sizes in (Grid.smallest((3, 3), (1, 1)).sizes, (16, 16)):
-        found = values_of(Polyphase(Grid((3, 3), (1, 1), sizes, (1, 1))), filters)
-        assert (found - 3).abs().max() < 1e-12
+def orthonormal_filters(rows, columns, stride, length, seed=0):
+    """Filters of one axis, a flat spectrum on every circle: a product of lossless factors."""
+    generator = torch.Generator().manual_seed(seed)
+    size = max(rows, columns * stride)
+    start = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    terms = torch.linalg.qr(start)[0][None]  # coefficients of the powers of a delay
+    for _ in range(length):
+        vector = torch.randn(size, dtype=torch.float64, generator=generator)
+        kept = torch.outer(vector, vector) / vector.dot(vector)
+        still, late = terms @ (torch.eye(size, dtype=torch.float64) - kept), terms @ kept
+        zero = torch.zeros_like(terms[:1])
+        terms = torch.cat([still, zero]) + torch.cat([zero, late])
+    # Entry (r, c s + j) at delay l is tap l s + j.
+    return terms[:, :rows, : columns * stride].unflatten(2, (columns, stride)).permute(
+        1, 2, 0, 3
+    ).flatten(2)  # fmt: skip
+
+
+def gap_of(filters, grid):
+    """Mean over frequencies of the squared entries of the smaller Gram matrix less identity."""
+    transform = Polyphase(grid)
+    blocks = transform.blocks(filters)
+    if blocks.shape[-2] > blocks.shape[-1]:
+        blocks = blocks.mH
+    gram = blocks @ blocks.mH
+    gaps = (gram - torch.eye(gram.shape[-1])).abs().square().sum((-2, -1))
+    counts = transform.multiplicities
+    return float((gaps * counts).sum() / counts.sum())
+
+
+SIZES = [(3, 2, 1, 1), (2, 5, 1, 2), (2, 3, 2, 1), (9, 2, 2, 2), (2, 1, 3, 1), (5, 1, 3, 2)]
+
+
+@pytest.mark.parametrize(("rows", "columns", "stride", "length"), SIZES)
+@pytest.mark.parametrize("axes", [1, 2])
+def test_a_flat_spectrum_on_the_smallest_grid_is_flat_on_a_larger_one(
+    rows, columns, stride, length, axes
+):
+    filters = orthonormal_filters(rows, columns, stride, length)
+    if axes == 2:
+        # Wide with wide and tall with tall, or zeros would join the values.
+        pair = (1, 2) if rows < columns * stride else (2, 1)
+        other = orthonormal_filters(*pair, 1, 1, seed=1)
+        filters = torch.einsum("abk,cdl->acbdkl", filters, other).flatten(0, 1).flatten(1, 2)
+    kernel, strides = tuple(filters.shape[2:]), (stride, 1)[:axes]
+    smallest = Grid.smallest(kernel, strides)
+    assert smallest.outputs == (2 * length + 1, 3)[:axes]
+    for more in (0, 1, 2, 7):
+        sizes = tuple(n + more * s for n, s in zip(smallest.sizes, strides, strict=True))
+        found = values_of(Polyphase(Grid(kernel, strides, sizes, (1,) * axes)), filters)
+        assert (found - found.mean()).abs().max() < 1e-12
+    assert gap_of(filters / float(found.mean()), smallest) < 1e-24
+
+
+@st.composite
+def shapes(draw):
+    axes = draw(st.integers(1, 2))
+    kernel = tuple(draw(st.integers(1, 5)) for _ in range(axes))
+    stride = tuple(draw(st.integers(1, 3)) for _ in range(axes))
+    return kernel, stride, draw(st.integers(1, 7)), draw(st.integers(1, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(), st.integers(0, 100), st.integers(1, 4))
+def test_the_mean_gap_on_the_smallest_grid_is_that_on_larger_ones(shape, seed, more):
+    # As a sum of squares it is zero on both or on none: flat on one is flat on the other.
+    kernel, stride, rows, columns = shape
+    smallest = Grid.smallest(kernel, stride)
+    filters = random_filters(smallest, rows, columns, seed)
+    sizes = tuple(n + more * s for n, s in zip(smallest.sizes, stride, strict=True))
+    larger = Grid(kernel, stride, sizes, smallest.dilation)
+    assert gap_of(filters, smallest) == pytest.approx(gap_of(filters, larger), rel=1e-12)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (4, 2), (7, 2), (5, 3)])
+@pytest.mark.parametrize("channels", [(2, 3), (7, 1)])
+def test_one_position_less_than_the_smallest_grid_is_not_enough(kernel, stride, channels):
+    smallest = Grid.smallest((kernel,), (stride,))
+    filters = random_filters(smallest, *channels)
+    less = Grid((kernel,), (stride,), (smallest.sizes[0] - stride,), (1,))
+    assert gap_of(filters, less) != pytest.approx(gap_of(filters, smallest), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "sizes"),
+    [((3,), (1,), (5,)), ((3, 3), (2, 2), (6, 6)), ((4, 2), (2, 2), (6, 2)), ((1,), (1,), (1,))],
+)
+def test_the_smallest_grid_holds_every_lag_once(kernel, stride, sizes):
+    assert Grid.smallest(kernel, stride).sizes == sizes
+
+
+def test_the_default_device_does_not_matter():
+    grid = Grid((3, 2), (2, 1), (8, 5), (1, 2))
+    filters = random_filters(grid)
+    expected = Polyphase(grid).blocks(filters)
+    torch.set_default_device("meta")
+    try:
+        found = Polyphase(grid).blocks(filters)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)

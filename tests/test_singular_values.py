@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import conditioning
-from conditioning.errors import (
-    DenseTooLargeError,
-)
-from conditioning.singular import LayerOperator, geometry_of, singular_values
+from conditioning.errors import DenseTooLargeError, InvalidArgumentError
+from conditioning.singular import LayerOperator, geometry_of, singular_values, values
 
 # (class, arguments, options, shape of an input that every stride divides)
 LAYERS = [
@@ -72,6 +70,8 @@ LAYERS = [
     (nn.ConvTranspose2d, (2, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}, (2, 3, 3)),
     (nn.ConvTranspose2d, (4, 6, 3), {"stride": 2, "groups": 2}, (4, 2, 3)),
     (nn.ConvTranspose2d, (2, 3, (1, 3)), {"stride": (2, 1), "output_padding": (1, 0)}, (2, 3, 3)),
+    (nn.ConvTranspose2d, (7, 1, (2, 3)), {"stride": (2, 1), "output_padding": (1, 0)}, (7, 4, 5)),
+    (nn.ConvTranspose2d, (3, 1, (2, 3)), {"stride": (2, 1), "output_padding": (1, 0)}, (3, 4, 5)),
     (nn.ConvTranspose3d, (2, 1, 2), {"stride": (1, 2, 2)}, (2, 2, 2, 3)),
 ]  # fmt: skip
 
@@ -127,7 +127,7 @@ def test_products_alone_enclose_both_ends(kind, arguments, options, shape):
 def layers(draw):
     axes = draw(st.integers(1, 2))
     groups = draw(st.integers(1, 2))
-    arguments = (groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 3)))
+    arguments = (groups * draw(st.integers(1, 4)), groups * draw(st.integers(1, 3)))
     each = st.tuples(*[st.integers(1, 3)] * axes)
     kernel, stride, dilation = draw(each), draw(each), draw(each)
     options = {"stride": stride, "dilation": dilation, "groups": groups}
@@ -348,6 +348,65 @@ def test_little_memory_takes_smaller_pieces_and_finds_the_same():
     assert wide.largest.value > ends.largest.low > 0
     with pytest.raises(DenseTooLargeError, match="memory_budget"):
         singular_values(layer, (4, 8, 8), method="dense", memory_budget=200_000)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layers())
+def test_products_enclose_the_ends_of_any_layer(case):
+    kind, arguments, options, shape = case
+    layer = made(kind, arguments, options)
+    expected = torch.linalg.svdvals(matrix_of(layer, shape))
+    # Memory for no dense matrix: what windows and circles do not settle takes products.
+    found = singular_values(layer, shape, memory_budget=1, max_matvecs=200)
+    for end, value in ((found.largest, expected[0]), (found.smallest, expected[-1])):
+        assert end.low - 1e-13 <= float(value) <= end.high + 1e-13
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "options", "dense"),
+    [
+        (nn.Conv2d(32, 32, 7, padding=3, groups=32), (32, 28, 28), {}, True),
+        (nn.Conv2d(96, 96, 3, padding=1, groups=96), (96, 14, 14), {}, True),
+        (nn.Conv2d(32, 32, 3, padding=1), (32, 8, 8), {}, True),
+        (nn.Conv2d(16, 16, 3, padding=1), (16, 16, 16), {}, False),
+        (nn.Conv2d(16, 16, 3, padding=1), (16, 16, 16), {"max_matvecs": 5000}, True),
+        (nn.Conv2d(64, 64, 3, padding=1, groups=64), (64, 56, 56), {}, False),
+        (nn.Conv2d(32, 32, 7, padding=3, groups=32), (32, 28, 28), {"max_matvecs": 500}, False),
+    ],
+)
+def test_the_dense_route_is_taken_where_it_costs_little_more_than_products(
+    layer, shape, options, dense, monkeypatch
+):
+    class Dense(Exception):
+        pass
+
+    class Products(Exception):
+        pass
+
+    def take_dense(self):
+        raise Dense
+
+    def take_products(*_, **__):
+        raise Products
+
+    monkeypatch.setattr(values._TrueOperator, "_dense", take_dense)
+    monkeypatch.setattr(values, "singular_range", take_products)
+    budget = 2**34  # whatever this machine has
+    with pytest.raises(Dense if dense else Products):
+        singular_values(layer, shape, memory_budget=budget, **options)
+
+
+def test_an_enclosure_may_be_asked_for_by_its_width():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    options = {"method": "lanczos", "rtol": 1e-3, "max_matvecs": 300}
+    wide = singular_values(layer, (8, 8, 8), atol=0.2, **options)
+    narrow = singular_values(layer, (8, 8, 8), **options)
+    assert wide.num_matvecs < narrow.num_matvecs
+    for end in (wide.largest, wide.smallest):
+        assert end.high - end.low <= 0.2
+    with pytest.raises(InvalidArgumentError, match="atol"):
+        singular_values(layer, (8, 8, 8), atol=-1)
 
 
 # --------------------------------------------------------------------------- results
