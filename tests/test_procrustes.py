@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import pickle
 
 import pytest
 import torch
-from test_procrustes_routes import FREQUENCIES, TAPS, WINDOWS, dense, own_circle, values_of
+from test_procrustes_routes import ALL, FREQUENCIES, dense, own_circle, values_of
 from torch import nn
 
-from conditioning import singular_values
-from conditioning.errors import InvalidArgumentError, LayerSelectionError
-from conditioning.procrustes import IsometricDownsample, LayerReport, Procrustes, ProcrustesReport
+from conditioning.errors import InvalidArgumentError
+from conditioning.procrustes import (
+    IsometricDownsample,
+    Procrustes,
+)
 from experiments.models import CifarResNet
-
-ALL = {name: made[0] for name, made in (WINDOWS | TAPS | FREQUENCIES).items()}
 
 
 @pytest.fixture(autouse=True)
@@ -199,151 +198,6 @@ def test_a_loss_with_the_penalty_can_be_compiled():
     procrustes = Procrustes(["0", "4"], model=three_layers())
     compiled = torch.compile(procrustes.penalty, backend="aot_eager")
     assert torch.allclose(compiled(), procrustes.penalty(), rtol=1e-6)
-
-
-# ------------------------------------------------------------------------------- report
-
-
-@pytest.fixture
-def reported():
-    model = three_layers()
-    first = copy.deepcopy(model)
-    procrustes = Procrustes(["0", "2", "4"], model=model, target={"4": 0.5})
-    procrustes.project()
-    projected = copy.deepcopy(model)
-    with torch.no_grad():
-        model[2].weight.mul_(1.1)
-    return first, projected, model, procrustes
-
-
-def ends(layer, *sizes):
-    found = values_of(layer, sizes)
-    return pytest.approx((float(found.min()), float(found.max())), rel=1e-5)
-
-
-def test_the_report_has_what_was_before_after_and_is_now(reported):
-    first, projected, model, procrustes = reported
-    report = procrustes.report()
-    assert [row.name for row in report] == ["0", "2", "4"]
-    assert len(report) == 3
-    for row in report:
-        place, circle = int(row.name), (2, 2) if row.name == "2" else (5, 5)
-        assert row.before == ends(first[place], *circle)
-        assert row.after == ends(projected[place], *circle)
-        assert row.now == ends(model[place], *circle)
-        moved = (projected[place].weight - first[place].weight).norm() / first[place].weight.norm()
-        assert row.moved == pytest.approx(float(moved.detach()), rel=1e-5)
-        assert row.spread == pytest.approx(row.now[1] / row.now[0])
-    assert report["2"].drift == pytest.approx(0.1, rel=1e-5)
-    assert report["0"].drift == report["4"].drift == 0.0
-    assert [row.route for row in report] == ["taps", "window", "frequencies"]
-    assert [row.operator for row in report] == ["circular", "kernel", "circular"]
-    assert [row.aim for row in report] == ["backward", "backward", "given"]
-    assert report["2"].target == pytest.approx((32 / 28) ** 0.5)
-    assert report["4"].layer == "conv 3x3, 32 -> 32, zeros padding"
-    assert report["4"].spread < 0.7 * report["4"].before[1] / report["4"].before[0]
-    assert (report.num_projections, report["0"].steps_since) == (1, 0)
-    assert report.seconds > 0
-
-
-def test_before_any_projection_the_report_says_what_there_is():
-    report = Procrustes(["0", "2"], model=three_layers()).report()
-    row = report[0]
-    assert (row.before, row.after, row.moved, row.drift, row.true) == (None,) * 5
-    assert row.now[0] < row.target
-    assert (report.num_projections, report.seconds) == (0, 0.0)
-    assert "0 projections" in str(report)
-    assert " each" not in str(report)
-
-
-def test_steps_since_the_projection_are_counted():
-    model = three_layers()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    procrustes = Procrustes(["0", "2"], model=model).attach(optimizer, every=3)
-    model(torch.randn(2, 3, 8, 8)).sum().backward()
-    for expected in (1, 2, 0, 1):
-        optimizer.step()
-        assert [row.steps_since for row in procrustes.report()] == [expected] * 2
-    procrustes.project()
-    assert procrustes.report()["0"].steps_since == 0
-    assert procrustes.report().num_projections == 2
-
-
-def test_a_sequence_of_layers_by_place_name_and_slice(reported):
-    report = reported[-1].report()
-    assert isinstance(report, ProcrustesReport)
-    assert isinstance(report[0], LayerReport)
-    assert report["4"] is report[-1] is report[2]
-    assert report[1:] == (report[1], report[2])
-    with pytest.raises(KeyError, match="5"):
-        report["5"]
-    with pytest.raises(IndexError):
-        report[3]
-
-
-def test_the_report_prints_as_a_table(reported):
-    text = str(reported[-1].report())
-    assert "steps since" in text.splitlines()[0]
-    for word in ("conv 1x1, 28 -> 32, stride 2", "1.069", "0.1", "circular", "kernel"):
-        assert word in text
-    assert text.splitlines()[-1].startswith("1 projection, ")
-    assert text.endswith(" ms each")
-    assert repr(reported[-1].report()) == "ProcrustesReport(3 layers, 1 projections)"
-    line = str(reported[-1].report()["2"])
-    assert line == "2: conv 1x1, 28 -> 32, stride 2; sigma 1.176, target 1.069"
-
-
-def test_the_report_as_a_frame_and_as_plain_python(reported):
-    report = reported[-1].report({"2": (28, 4, 4)})
-    frame = report.to_frame()
-    assert frame.layer.tolist() == ["0", "2", "4"]
-    assert frame.now_max.tolist() == [row.now[1] for row in report]
-    assert frame.before_min.tolist() == [row.before[0] for row in report]
-    plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert [row["name"] for row in plain["layers"]] == ["0", "2", "4"]
-    assert plain["layers"][1]["after"] == list(report[1].after)
-    assert plain["layers"][1]["true"]["operator"] == report[1].true.operator
-    assert plain["layers"][0]["true"] is None
-    assert plain["num_projections"] == 1
-
-
-def test_without_a_projection_the_frame_has_gaps():
-    frame = Procrustes("0", model=three_layers()).report().to_frame()
-    assert frame[["before_min", "after_max", "moved", "drift"]].isna().all(axis=None)
-
-
-def test_with_shapes_the_report_has_the_operator_as_it_runs(reported):
-    *_, model, procrustes = reported
-    report = procrustes.report({"0": (3, 6, 6), "2": (28, 5, 4)})
-    for name, shape in (("0", (3, 6, 6)), ("2", (28, 5, 4))):
-        found, truth = report[name].true, singular_values(model[int(name)], shape)
-        assert found.operator == "true"
-        assert float(found.largest) == pytest.approx(float(truth.largest), rel=1e-5)
-        matrix = operator_of(model[int(name)], shape)
-        assert float(found.largest) == pytest.approx(float(matrix.max()), rel=1e-3)
-        assert "as it runs" in str(report[name])
-    # Zeros at the border take taps from some windows.
-    assert float(report["0"].true.smallest) < 0.99 * report["0"].now[0]
-    assert report["4"].true is None
-    with pytest.raises(LayerSelectionError, match=r"input_shapes names '1', but .*'0', '2', '4'"):
-        procrustes.report({"1": (3, 6, 6)})
-
-
-def operator_of(layer, shape):
-    """Singular values of the layer as it runs, from its Jacobian."""
-    twin = copy.deepcopy(layer).double()
-    x = torch.zeros(1, *shape, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(twin, x)
-    return torch.linalg.svdvals(jacobian.reshape(-1, x.numel()))
-
-
-def test_the_report_changes_nothing(reported):
-    *_, model, procrustes = reported
-    before = copy.deepcopy(model.state_dict())
-    state = torch.get_rng_state()
-    procrustes.report({"2": (28, 4, 4)})
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ---------------------------------------------------------------------- for_transitions

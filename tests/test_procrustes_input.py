@@ -1,4 +1,4 @@
-"""What can be named, and what is said where something cannot be projected."""
+"""What is said where something cannot be projected."""
 
 from __future__ import annotations
 
@@ -36,70 +36,6 @@ def model():
         nn.ModuleDict({"down": nn.Conv2d(8, 16, 1, stride=2)}),
         nn.Linear(4, 3),
     )
-
-
-# ------------------------------------------------------------------------ naming layers
-
-
-@pytest.mark.parametrize(
-    ("layers", "names"),
-    [
-        ("1.down", ["1.down"]),
-        ("*.down", ["1.down", "2.down"]),
-        (["3", "?.down"], ["3", "1.down", "2.down"]),
-        (["1.down", "*.down"], ["1.down", "2.down"]),
-        ("*", ["0.0", "1.down", "1.mix", "2.down", "3"]),
-        ("[01].*", ["0.0", "1.down", "1.mix"]),
-        (("3",), ["3"]),
-    ],
-)
-def test_names_and_globs_choose_layers(model, layers, names):
-    assert [layer.name for layer in Procrustes(layers, model=model).layers] == names
-
-
-def test_modules_choose_themselves(model):
-    down, head = model[1]["down"], model[3]
-    assert [x.name for x in Procrustes([down, head]).layers] == ["layer 0", "layer 1"]
-    assert [x.name for x in Procrustes([head, down], model=model).layers] == ["3", "1.down"]
-    assert [x.module for x in Procrustes(x for x in (down, head)).layers] == [down, head]
-    assert [x.name for x in Procrustes(head).layers] == ["layer 0"]
-    assert [x.name for x in Procrustes({"first": head}).layers] == ["first"]
-    assert [x.name for x in Procrustes([down, "3"], model=model).layers] == ["1.down", "3"]
-
-
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        ("1.dwon", r"'1.dwon' matches no .* layer of the model. Near it: '1.down'"),
-        (["3", "9.down"], r"'9.down' matches no .* Near it: '\d.down'"),
-        ("conv*", "Near it: '0.0', '1.down', '1.mix', '2.down', '3'"),
-        ([], "no layer to project. Name layers of these kinds: nn.Linear"),
-        ({}, "no layer to project"),
-        (7, "must be a mapping, modules or names, got a int"),
-        (None, "got a NoneType"),
-    ],
-)
-def test_what_is_not_found_is_told_with_what_is_near(model, layers, message):
-    with pytest.raises(LayerSelectionError, match=message):
-        Procrustes(layers, model=model)
-
-
-def test_a_name_needs_a_model():
-    with pytest.raises(LayerSelectionError, match=r"Procrustes\('down', model=model\)"):
-        Procrustes("down")
-
-
-def test_in_a_model_without_layers_nothing_is_near():
-    with pytest.raises(LayerSelectionError, match=r"layer of the model\.$"):
-        Procrustes("down", model=nn.Sequential(nn.ReLU()))
-
-
-def test_a_network_without_transitions_is_told_so():
-    plain = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(LayerSelectionError, match=r"in the Sequential\. Pass a batch .* or name"):
-        Procrustes.for_transitions(plain)
-    with pytest.raises(LayerSelectionError, match=r"Sequential\. Please name the layers: Procr"):
-        Procrustes.for_transitions(plain, torch.randn(2, 3))
 
 
 # ------------------------------------------------------------------- unsupported layers
@@ -219,10 +155,13 @@ def with_weight(shape):
             r"has shape \(0,\), which is not that of a conv 2x2, 3 -> 4.*FSDP",
         ),
         (lambda: with_weight(48), r"has shape \(48,\)"),
+        (lambda: nn.Linear(3, 0), "'head' has no entries, .* leave it out"),
+        (lambda: nn.Linear(0, 3), "has no entries"),
         (lambda: with_weight((3, 3, 2, 2)), r"has shape \(3, 3, 2, 2\).* or it was cut"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 def test_weights_without_values_or_of_another_kind_are_refused(make, message):
     with pytest.raises(UnsupportedParameterError, match=message):
         Procrustes({"head": make()})
@@ -373,6 +312,7 @@ def test_so_are_sweeps_of_one_projection():
         ({"probability": -0.5}, "probability"),
         ({"probability": math.nan}, "probability"),
         ({"probability": "half"}, "probability must .* got 'half'"),
+        ({"probability": True}, "probability must .* got True"),
         ({"seed": -1}, "seed must be an integer >= 0, got -1"),
         ({"seed": 0.5}, "seed"),
         ({"seed": None}, "seed"),
@@ -438,3 +378,28 @@ def test_a_state_of_other_layers_or_optimizers_is_refused():
     again = Procrustes({"a": one})
     with pytest.raises(InvalidArgumentError, match="with 1 optimizers attached; .* a with 0"):
         again.load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("state", [{}, None, {"layers": ["a"]}], ids=repr)
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(
+        InvalidArgumentError, match="no state of a Procrustes: it has no .*'seconds"
+    ):
+        Procrustes({"a": nn.Linear(2, 2)}).load_state_dict(state)
+
+
+@pytest.mark.parametrize("other", [{"every": 2}, {"probability": 0.5}, {"seed": 1}, {}], ids=str)
+def test_a_state_of_another_schedule_is_refused(other):
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    own = {"every": 3, "probability": np.float64(0.25), "seed": np.int64(7)}
+    state = Procrustes(layer).attach(optimizer, **own).state_dict()
+    assert state["schedule"] == own
+    assert [type(x) for x in state["schedule"].values()] == [int, float, int]
+    again = Procrustes(layer).attach(optimizer, **(own | other))
+    if other:
+        message = "attached with every=3, probability=0.25, seed=7, .* would not be the same"
+        with pytest.raises(InvalidArgumentError, match=message):
+            again.load_state_dict(state)
+    else:
+        again.load_state_dict(state)

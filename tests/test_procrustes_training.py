@@ -304,6 +304,23 @@ def test_a_copy_of_an_optimizer_is_attached_anew(net):
     assert is_flat(other.down)
 
 
+def test_a_model_that_holds_its_regulariser_can_be_saved_and_copied(net):
+    optimizer = sgd(net)
+    net.procrustes = Procrustes(["stem", "down"], model=net).attach(optimizer, probability=0.5)
+    train(net, optimizer)
+    net.procrustes.project()
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for other in (torch.load(file, weights_only=False), copy.deepcopy(net)):
+        kept = other.procrustes
+        assert [layer.module for layer in kept.layers] == [other.stem, other.down]
+        assert kept.num_projections == net.procrustes.num_projections
+        assert kept.state_dict()["schedule"] is None
+        kept.attach(sgd(other))
+    assert net.procrustes.state_dict()["num_steps"] == [1]
+
+
 def test_the_optimizer_keeps_what_is_attached_alive(net):
     optimizer = sgd(net)
     Procrustes(net.down).attach(optimizer)

@@ -183,7 +183,7 @@ def _ddp(rank, wrapped):
     model = DistributedDataParallel(net)
     torch.manual_seed(rank)  # as data loaders and augmentation have it
     optimizer = sgd(model, momentum=0.9)
-    layers = [f"module.{name}" if wrapped else name for name in ("stem", "down", "mix")]
+    layers = ["module.stem", "down", "mix"] if wrapped else ["stem", "down", "mix"]
     procrustes = Procrustes(layers, model=model if wrapped else net)
     procrustes.attach(optimizer, probability=0.5)
     projected = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,7 +28,8 @@ def transition_layers(
     inputs : Tensor, tuple or dict, or None
         Of one forward pass, which tells where the skips are. With ``None`` nothing is run: the
         layers on skips are then those that some of the repeated blocks have and others lack, and
-        that lead from the width of the block's input to that of its output.
+        that lead from the width of the block's input to that of its output; where all blocks of a
+        class have the same layers, those that lead there beside a chain of the others.
     wanted : callable
         Says of a module whether it is a layer in question.
     stem : bool
@@ -46,6 +49,34 @@ def transition_layers(
     )
     found = {module for module in modules if wanted(module)}
     return {node.name: node.inner for node in tree.nodes.values() if node.inner in found}
+
+
+def why_none(model: nn.Module, inputs: Any) -> str:
+    """Why :func:`transition_layers` found nothing, as a clause.
+
+    Parameters
+    ----------
+    model : nn.Module
+    inputs : Tensor, tuple or dict, or None
+        As given there.
+    """
+    tree = Tree(model)
+    if inputs is None:
+        units = _units(tree)
+        if not units:
+            return "no composite module in it is repeated, as residual blocks are"
+        kinds = ", ".join(dict.fromkeys(type(node.inner).__name__ for node in units))
+        return (
+            f"of its {len(units)} blocks ({kinds}) none has a layer that changes the width beside "
+            f"the others, and no layer of the kinds asked for stands before or between them"
+        )
+    count = len(Measurement(model, inputs, tree).units)
+    if not count:
+        return "no residual block was seen when it ran"
+    return (
+        f"the skips of its {count} residual blocks are identities or hold no layer of the kinds "
+        f"asked for, and none stands before or between them"
+    )
 
 
 def _by_running(measured: Measurement, wanted: Wanted, *, stem: bool) -> Iterator[nn.Module]:
@@ -79,9 +110,13 @@ def _modules(measured: Measurement, ops: Iterable[int]) -> Iterator[nn.Module]:
             yield flow.calls[call].module
 
 
-def _by_structure(tree: Tree, wanted: Wanted, *, stem: bool) -> Iterator[nn.Module]:
+def _units(tree: Tree) -> list[Node]:
     found = (tree.of(block.module) for block in structural_blocks(tree))
-    units = [node for node in found if node is not None and node.children]
+    return [node for node in found if node is not None and node.children]
+
+
+def _by_structure(tree: Tree, wanted: Wanted, *, stem: bool) -> Iterator[nn.Module]:
+    units = _units(tree)
     if not units:
         return
     layers = [(node, _relative(node, lambda m: wanted(m) or bool(_widths(m)))) for node in units]
@@ -92,6 +127,8 @@ def _by_structure(tree: Tree, wanted: Wanted, *, stem: bool) -> Iterator[nn.Modu
         rare = [m for name, m in inside.items() if having[kind, name] < alike[kind]]
         others = [m for m in inside.values() if m not in rare]
         yield from (module for module in rare if _bypasses(module, others))
+        if all(count == alike[kind] for (one, _), count in having.items() if one is kind):
+            yield from _beside_the_chain(list(inside.values()))
     inside_units = {inner for node in units for inner in node}
     nodes = list(tree.root)
     first, last = nodes.index(units[0]), nodes.index(units[-1])
@@ -111,6 +148,35 @@ def _bypasses(module: nn.Module, others: list[nn.Module]) -> bool:
     if not known or not _widths(module):
         return True
     return _widths(module) == (known[0][0], known[-1][1]) and bool(width_change(module))
+
+
+def _beside_the_chain(layers: list[nn.Module]) -> Iterator[nn.Module]:
+    """The layer that changes the shape as a chain of all others does, if there is one.
+
+    Of several the one with the smallest kernel: a convolution of a chain of two might be the other
+    way as well.
+    """
+    known = [layer for layer in layers if _widths(layer)]
+    found = []
+    for layer in known:
+        others = [other for other in known if other is not layer]
+        if others and _is_chain(others) and _bypasses(layer, others):
+            strides = math.prod(_stride(other) for other in others)
+            if strides == _stride(layer):
+                found.append((math.prod(getattr(layer, "kernel_size", ())), layer))
+    least = min((taps for taps, _ in found), default=0)
+    smallest = [layer for taps, layer in found if taps == least]
+    if len(smallest) == 1:
+        yield smallest[0]
+
+
+def _is_chain(layers: list[nn.Module]) -> bool:
+    widths = [found for layer in layers if (found := _widths(layer))]
+    return all(one[1] == other[0] for one, other in itertools.pairwise(widths))
+
+
+def _stride(layer: nn.Module) -> int:
+    return max(getattr(layer, "stride", (1,)))
 
 
 def _widths(module: nn.Module) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from conditioning.blocks.wrappers import unwrapped, walk
 from conditioning.errors import (
     InvalidArgumentError,
     LayerSelectionError,
@@ -65,13 +66,20 @@ class Layer:
 def named_layers(layers: Any, model: nn.Module | None) -> dict[str, nn.Module]:
     """Layers by name, from a mapping, from modules, or from names and globs in a model.
 
+    Wrappers (data parallelism, compilation, checkpointing) are looked through, around the model
+    and around layers; names are those without them, or with them.
+
     Raises
     ------
     LayerSelectionError
         If a name matches no layer of the model, or there is no layer at all.
     UnsupportedLayerError
         If one of them is no module.
+    InvalidArgumentError
+        If the model is none.
     """
+    if model is not None:
+        check_model(model)
     if isinstance(layers, (str, nn.Module)):
         layers = [layers]
     if isinstance(layers, Mapping):
@@ -90,36 +98,62 @@ def named_layers(layers: Any, model: nn.Module | None) -> dict[str, nn.Module]:
         if not isinstance(module, nn.Module):
             msg = f"{name!r} is a {type(module).__name__}, not a layer: pass the module itself."
             raise UnsupportedLayerError(msg)
+    found = {name: unwrapped(module) for name, module in found.items()}
     if not found:
         msg = f"There is no layer to project. Name layers of these kinds: {SUPPORTED}."
         raise LayerSelectionError(msg)
     return found
 
 
+def check_model(model: Any) -> None:
+    """Raise ``InvalidArgumentError`` unless it is a module."""
+    if not isinstance(model, nn.Module):
+        msg = f"model must be the nn.Module that holds the layers, got a {type(model).__name__}."
+        raise InvalidArgumentError(msg)
+
+
 def _name_of(module: Any, model: nn.Module | None) -> str:
-    known = model.named_modules() if model is not None else ()
-    return next((name for name, other in known if other is module), "")
+    if model is None or not isinstance(module, nn.Module):
+        return ""
+    inside = unwrapped(module)
+    return next((name for name, _, inner in walk(model) if inner is inside), "")
 
 
 def _matching(pattern: str, model: nn.Module | None) -> dict[str, nn.Module]:
     if model is None:
         msg = f"To find {pattern!r} the model is needed: Procrustes({pattern!r}, model=model)."
         raise LayerSelectionError(msg)
-    modules = dict(model.named_modules())
-    if pattern in modules:
-        return {pattern: modules[pattern]}
-    found = {
-        name: module
-        for name, module in modules.items()
-        if fnmatch.fnmatchcase(name, pattern) and is_layer(module)
-    }
-    if not found:
-        names = [name for name, module in modules.items() if is_layer(module)]
-        near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:5]
-        shown = f" Near it: {', '.join(map(repr, near))}." if near else ""
-        msg = f"{pattern!r} matches no linear or convolutional layer of the model.{shown}"
-        raise LayerSelectionError(msg)
-    return found
+    modules = {name: inner for name, _, inner in walk(model)}
+    # The second with what wrappers add to names, as state_dict() has them.
+    for known in (modules, dict(model.named_modules())):
+        if pattern in known:
+            return {pattern: known[pattern]}
+        matched = {n: m for n, m in known.items() if n and fnmatch.fnmatchcase(n, pattern)}
+        found = {name: module for name, module in matched.items() if is_layer(module)}
+        if found:
+            return found
+        if matched:
+            break
+    if matched:
+        raise LayerSelectionError(_unsupported_message(pattern, matched))
+    names = [name for name, module in modules.items() if is_layer(module)]
+    near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:5]
+    shown = f" Near it: {', '.join(map(repr, near))}." if near else ""
+    msg = f"{pattern!r} matches no linear or convolutional layer of the model.{shown}"
+    raise LayerSelectionError(msg)
+
+
+def _unsupported_message(pattern: str, matched: Mapping[str, nn.Module]) -> str:
+    """What a pattern matches, if none of it is a layer."""
+    learning = [m for m in matched.values() if any(p.ndim > 1 for p in m.parameters(False))]
+    modules = learning or list(matched.values())
+    kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in modules))
+    count = f"{len(modules)} module{'s' if len(modules) > 1 else ''} of class {kinds}"
+    return (
+        f"{pattern!r} matches no linear or convolutional layer of the model, but {count}, whose "
+        f"weight alone does not say what they compute: known are {SUPPORTED}, and subclasses with "
+        f"the same forward."
+    )
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -217,6 +251,11 @@ def _checked(name: str, module: nn.Module) -> Geometry:
             f"The weight of {name!r} has shape {tuple(weight.shape)}, which is not that of a "
             f"{geometry.describe()}: a wrapper keeps it elsewhere or in parts (FSDP, ZeRO), or it "
             f"was cut. Leave the layer out of that wrapper, or out of the projection."
+        )
+        raise UnsupportedParameterError(msg)
+    if weight.numel() == 0:
+        msg = (
+            f"The weight of {name!r} has no entries, so there is nothing to project: leave it out."
         )
         raise UnsupportedParameterError(msg)
     if not weight.dtype.is_floating_point or weight.layout != torch.strided:

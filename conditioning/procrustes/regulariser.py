@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conditioning.blocks.transitions import transition_layers
+from conditioning.blocks.transitions import transition_layers, why_none
+from conditioning.blocks.wrappers import unwrapped
 from conditioning.errors import (
     InvalidArgumentError,
     LayerSelectionError,
@@ -18,9 +19,21 @@ from conditioning.errors import (
     RankDeficientWeightError,
 )
 from conditioning.procrustes import routes
-from conditioning.procrustes.layers import Layer, Target, is_layer, named_layers, prepared
+from conditioning.procrustes.layers import (
+    Layer,
+    Target,
+    check_model,
+    is_layer,
+    named_layers,
+    prepared,
+)
 from conditioning.procrustes.polar import METHODS
-from conditioning.procrustes.report import LayerReport, ProcrustesReport, reported
+from conditioning.procrustes.report import (
+    LayerReport,
+    ProcrustesReport,
+    checked_shapes,
+    reported,
+)
 from conditioning.procrustes.schedule import Schedule
 from conditioning.spectrum.common import check_choice, check_counts
 
@@ -28,10 +41,11 @@ from conditioning.spectrum.common import check_choice, check_counts
 class Procrustes:
     r"""Project layers of a model to equal singular values, once or after steps of an optimizer.
 
-    The operator of a layer is replaced by the nearest one whose non-zero singular values all are
-    one number, so that the layer changes the norms of all signals (that it passes on) alike. Of a
-    linear layer, a 1x1 convolution and every kernel no longer than its stride it is the polar
-    factor of one matrix, and exact. Overlapping kernels have circular padding in mind, see Notes.
+    The operator of a layer is replaced by one nearby whose non-zero singular values all are one
+    number, so that the layer changes the norms of all signals (that it passes on) alike. Of a
+    linear layer, a 1x1 convolution and every kernel no longer than its stride it is the nearest
+    one, the polar factor of one matrix, and exact. Overlapping kernels are not always made exact,
+    and have circular padding in mind, see Notes.
 
     Parameters
     ----------
@@ -44,7 +58,8 @@ class Procrustes:
         The common singular value: the one with which the backward pass, or the forward pass,
         keeps the norm of random signals, or a number. For a 1x1 convolution or a stem to more
         channels, ``"backward"`` is :math:`\sqrt{c_{out} / c_{in}}`; in general it is
-        :math:`\sqrt{n_{out} / r}` with the rank ``r`` of the operator.
+        :math:`\sqrt{n_{out} / r}` with the rank ``r`` of the operator. Layers that a mapping
+        leaves out have ``"backward"``.
     sweeps : int
         Alternating projections at a time, for overlapping kernels that one factor cannot make
         exact.
@@ -57,6 +72,8 @@ class Procrustes:
     layers : tuple of Layer
         With ``name``, ``module``, ``target``.
     num_projections : int
+        Calls of :meth:`project`, and projections after steps; with several optimizers each counts
+        those of its own layers.
     steps_since : dict of str to int
         Optimizer steps since each layer was projected.
 
@@ -71,17 +88,26 @@ class Procrustes:
     UnsupportedParameterError
         If a weight is sharded (DTensor), not real, or has no values.
     InvalidArgumentError
-        If a target is not positive, or an option is out of range.
+        If a target is not positive, an option is out of range, or the model is no module.
 
     Notes
     -----
-    For overlapping kernels three things are done, cheapest first (:mod:`.routes`): kernels with
-    at least as many output channels as inputs in a window (image stems) get orthogonal columns in
-    one step; all others take ``sweeps`` alternating projections with the stride-aware transform
-    :mod:`conditioning.singular.symbol`, and :meth:`report` says what spread is left. Both speak of
-    circular padding: with zeros at the border, as ``nn.Conv2d`` has by default, signals near the
-    border lose taps, and the least singular value stays lower whatever is done;
-    ``report(input_shapes=...)`` gives those of the layers as they run.
+    Of overlapping kernels there are two kinds (:mod:`.routes`). Those with at least as many output
+    channels as inputs in a window (image stems), or the reverse, get orthogonal taps in one step:
+    the nearest kernel of that form, which is exact. All others take ``sweeps`` alternating
+    projections with the stride-aware transform :mod:`conditioning.singular.symbol`, and
+    :meth:`report` says what spread is left. That need not vanish with more sweeps: kernels whose
+    operator is square (3x3 that keep the channels; 3x3 of stride 2 to four times the channels)
+    come to rest with singular values that differ several times. Begin with
+    ``project(sweeps=50)``, look at the report, and where a flat layer matters take a kernel as
+    long as its stride (:class:`IsometricDownsample`). Layers that are flat already stay as they
+    are, up to a factor.
+
+    Both kinds speak of circular padding: with zeros at the border, as ``nn.Conv2d`` has by
+    default, signals near the border lose taps, and the least singular value stays lower whatever
+    is done; ``report(input_shapes=...)`` gives those of the layers as they run.
+
+    A pickled or copied object is not attached to any optimizer.
 
     The method is that of A. Zaeemzadeh, N. Rahnavard, M. Shah, *Norm-Preservation: Why Residual
     Networks Can Become Extremely Deep?*, arXiv:1805.07477, where it is applied with probability
@@ -134,7 +160,8 @@ class Procrustes:
             A residual network.
         inputs : Tensor, tuple or dict, optional
             A sample batch. The model runs once, and what is on the skips is seen. Without it they
-            are told by structure: layers that some of the repeated blocks have and others lack.
+            are told by structure: layers that some of the repeated blocks have and others lack, or
+            that lead from the width of a block's input to that of its output beside the others.
         stem : bool
             Whether layers before the first block belong to them.
         **options
@@ -143,20 +170,28 @@ class Procrustes:
         Raises
         ------
         LayerSelectionError
-            If no such layer is found.
+            If no such layer is found; it says why.
+        InvalidArgumentError
+            If the model is no module.
         """
+        check_model(model)
         found = transition_layers(model, inputs, is_layer, stem=stem)
         if not found:
             hint = "" if inputs is not None else " Pass a batch as inputs: it tells more, or"
             msg = (
-                f"No transition layer was found in the {type(model).__name__}.{hint or ' Please'} "
-                f"name the layers: Procrustes(['layer1', ...], model=model)."
+                f"No transition layer was found in the {type(unwrapped(model)).__name__}: "
+                f"{why_none(model, inputs)}.{hint or ' Please'} name the layers: "
+                f"Procrustes(['layer1', ...], model=model)."
             )
             raise LayerSelectionError(msg)
         return cls(found, **options)
 
     def __repr__(self) -> str:
         return f"Procrustes({', '.join(f'{x.name}: {x.target:.4g}' for x in self.layers)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The hooks of the optimizers stay where they are.
+        return {**self.__dict__, "_schedule": None}
 
     # -- projection ---------------------------------------------------------------------------
 
@@ -173,8 +208,8 @@ class Procrustes:
         NonFiniteError
             If a weight holds NaN or an infinity.
         RankDeficientWeightError
-            If singular values of a weight are zero to rounding, so that there is no nearest
-            operator. No layer is changed then.
+            If singular values of a weight are zero to rounding, so that the nearest operator is
+            not unique. No layer is changed then.
         """
         check_counts(sweeps=self.sweeps if sweeps is None else sweeps)
         self._project(self.layers, self.sweeps if sweeps is None else sweeps)
@@ -257,7 +292,8 @@ class Procrustes:
         Notes
         -----
         A copy of an optimizer (``copy.deepcopy``, pickle) is without the hook: attach again.
-        ``load_state_dict`` keeps it.
+        ``load_state_dict`` keeps it. An optimizer whose ``step`` calls that of its base class may
+        run the hook twice a step, since torch hooks into both: project it with :meth:`project`.
         """
         schedule = Schedule(self._after_steps, self.layers, optimizer, every, probability, seed)
         if self._schedule is not None:
@@ -289,7 +325,8 @@ class Procrustes:
         Tensor
             Scalar, differentiable by the weights: the sum over layers of the mean of
             :math:`(\sigma^2 / \sigma_{target}^2 - 1)^2` over the non-zero singular values of the
-            operator. Zero if and only if they are where :meth:`project` would put them.
+            operator, on the smallest circle that decides for overlapping kernels. Zero if and
+            only if all of them are the target; :meth:`project` leaves such layers as they are.
         """
         total: Tensor | None = None
         for group in _groups(self.layers):
@@ -313,7 +350,8 @@ class Procrustes:
         ----------
         input_shapes : mapping of str to tuple of int, optional
             Shapes of inputs without the batch axis, by layer. Of those layers also the singular
-            values of the operator as it runs are given, with its padding.
+            values of the operator as it runs are given, with its padding, and kernels that overlap
+            are measured on circles of that size, unless that takes long.
 
         Returns
         -------
@@ -324,8 +362,12 @@ class Procrustes:
         ------
         LayerSelectionError
             If a name is not that of a layer.
+        InvalidArgumentError
+            If ``input_shapes`` is no mapping to shapes.
+        ShapeError
+            If a shape is not that of inputs of its layer.
         """
-        shapes = dict(input_shapes or {})
+        shapes = checked_shapes(input_shapes)
         unknown = sorted(set(shapes) - {layer.name for layer in self.layers})
         if unknown:
             msg = (
@@ -344,13 +386,14 @@ class Procrustes:
         return ProcrustesReport(rows, self.num_projections, seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a continued training needs: how many steps and projections there were."""
+        """What a continued training needs: how many steps and projections there were, and when."""
         return {
             "layers": [layer.name for layer in self.layers],
             "num_projections": self.num_projections,
             "seconds": self._seconds,
             "steps_since": dict(self.steps_since),
             "num_steps": [] if self._schedule is None else list(self._schedule.num_steps),
+            "schedule": None if self._schedule is None else self._schedule.options,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -359,8 +402,17 @@ class Procrustes:
         Raises
         ------
         InvalidArgumentError
-            If it is that of other layers, or of another number of optimizers.
+            If it is none, or that of other layers, of another number of optimizers, or of another
+            ``every``, ``probability`` or ``seed``: the run would not be the same.
         """
+        known = state if isinstance(state, Mapping) else {}
+        missing = [key for key in self.state_dict() if key not in known]
+        if missing:
+            msg = (
+                f"That is no state of a Procrustes: it has no {', '.join(map(repr, missing))}. "
+                f"Load what state_dict() returned."
+            )
+            raise InvalidArgumentError(msg)
         names = [layer.name for layer in self.layers]
         steps = [] if self._schedule is None else self._schedule.num_steps
         if list(state["layers"]) != names or len(state["num_steps"]) != len(steps):
@@ -370,10 +422,23 @@ class Procrustes:
                 f"{', '.join(names)} with {len(steps)}."
             )
             raise InvalidArgumentError(msg)
+        options = None if self._schedule is None else self._schedule.options
+        if state["schedule"] != options:
+            msg = (
+                f"The state was attached with {_options(state['schedule'])}, and this one is with "
+                f"{_options(options)}: the run would not be the same. Attach as before, then load."
+            )
+            raise InvalidArgumentError(msg)
         self.num_projections, self._seconds = state["num_projections"], state["seconds"]
         self.steps_since = dict(state["steps_since"])
         if self._schedule is not None:
             self._schedule.num_steps = list(state["num_steps"])
+
+
+def _options(options: Mapping[str, Any] | None) -> str:
+    if options is None:
+        return "no schedule"
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def _groups(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
@@ -415,6 +480,6 @@ def _deficient_message(group: list[Layer], deficient: Tensor) -> str:
     names = [layer.name for layer, each in zip(group, flags, strict=True) if bool(each.any())]
     return (
         f"The weight of {', '.join(map(repr, names))} has singular values that are zero to "
-        f"rounding, so there is no nearest operator without them. Initialise it with full rank "
-        f"(torch.nn.init.orthogonal_ on weight.flatten(1), say), or leave the layer out."
+        f"rounding, so the nearest operator without them is not unique. Initialise it with full "
+        f"rank (torch.nn.init.orthogonal_ on weight.flatten(1), say), or leave the layer out."
     )

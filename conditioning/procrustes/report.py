@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from conditioning.blocks.block import table
+from conditioning.errors import InvalidArgumentError
 from conditioning.procrustes import routes
 from conditioning.procrustes.layers import Layer
 from conditioning.spectrum.results import Result
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 Ends = tuple[float, float]
 
+# From here on a layer is said not to be flat.
+_SPREAD = 1.05
+
 
 @dataclass(frozen=True)
 class LayerReport(Result):
@@ -31,10 +36,15 @@ class LayerReport(Result):
     name, layer : str
         Its name, and what it is.
     route : {"window", "taps", "frequencies"}
-        How it is projected; the first two are exact in one step.
+        How it is projected; the first two are exact in one step, the last comes nearer.
     operator : {"kernel", "circular"}
         Of which operator the singular values are. Those of the kernel are those of the layer as
         it runs where windows do not overlap; padding may cut windows at the border.
+    circle : tuple of int or None
+        Of which circle, as its number of output positions on each axis; ``None`` for kernels. About
+        a thousand positions, fewer where there are many channels, or those of the input shape if
+        that was given. Of a layer that is not flat the range may be wider on other circles: the
+        least singular value of square ones may be next to zero in between.
     aim : {"backward", "forward", "given"}
     target : float
         The singular value aimed at.
@@ -57,6 +67,7 @@ class LayerReport(Result):
     layer: str
     route: str
     operator: str
+    circle: tuple[int, ...] | None
     aim: str
     target: float
     before: Ends | None
@@ -125,7 +136,8 @@ class ProcrustesReport(Sequence[LayerReport]):
         for row in self._rows:
             plain: dict[str, Any] = {
                 "layer": row.name, "what": row.layer, "route": row.route,
-                "operator": row.operator, "aim": row.aim, "target": row.target,
+                "operator": row.operator, "circle": row.circle, "aim": row.aim,
+                "target": row.target,
             }  # fmt: skip
             for name in ("before", "after", "now"):
                 low, high = getattr(row, name) or (float("nan"), float("nan"))
@@ -137,24 +149,82 @@ class ProcrustesReport(Sequence[LayerReport]):
 
     def __str__(self) -> str:
         head = (
-            "layer", "what", "operator", "target", "before", "after", "now", "moved", "drift",
-            "steps since", "as it runs",
+            "layer", "what", "route", "operator", "target", "before", "after", "now", "moved",
+            "drift", "steps since", "as it runs",
         )  # fmt: skip
         rows = [
             (
-                row.name, row.layer, row.operator, f"{row.target:.4g}", _ends(row.before),
-                _ends(row.after), _ends(row.now), _share(row.moved), _share(row.drift),
-                row.steps_since,
-                _as_it_runs(row.true),
+                row.name, row.layer, row.route, _where(row), f"{row.target:.4g}",
+                _ends(row.before), _ends(row.after), _ends(row.now), _share(row.moved),
+                _share(row.drift), row.steps_since, _as_it_runs(row.true),
             )
             for row in self._rows
         ]  # fmt: skip
-        what = "projection" if self.num_projections == 1 else "projections"
         cost = f", {1e3 * self.seconds:.3g} ms each" if self.num_projections else ""
-        return f"{table(head, rows)}\n{self.num_projections} {what}{cost}"
+        lines = [*_hints(self._rows), _counted(self.num_projections, "projection") + cost]
+        return "\n".join([table(head, rows), *lines])
 
     def __repr__(self) -> str:
-        return f"ProcrustesReport({len(self)} layers, {self.num_projections} projections)"
+        layers = _counted(len(self), "layer")
+        return f"ProcrustesReport({layers}, {_counted(self.num_projections, 'projection')})"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _where(row: LayerReport) -> str:
+    if row.circle is None:
+        return row.operator
+    return f"{row.operator}, {'x'.join(map(str, row.circle))}"
+
+
+def _hints(rows: Sequence[LayerReport]) -> list[str]:
+    """What to do about layers that are not flat."""
+    advice = {
+        True: "project(sweeps=50) at the beginning brings overlapping kernels nearer, square ones "
+        "not always to the end; a kernel as long as its stride (IsometricDownsample) is exact.",
+        False: "project() makes them flat in one step.",
+    }
+    lines = []
+    for swept, text in advice.items():
+        spread = [r for r in rows if (r.route == "frequencies") is swept and r.spread > _SPREAD]
+        if spread:
+            names = ", ".join(f"{r.name} ({r.route}, spread {r.spread:.3g})" for r in spread)
+            lines.append(f"Not flat: {names}. {text}")
+    return lines
+
+
+def checked_shapes(shapes: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by name.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is no mapping to sequences of positive integers.
+    """
+    if shapes is None:
+        return {}
+    if not isinstance(shapes, Mapping):
+        msg = (
+            f"input_shapes must map names of layers to shapes, as {{'stem': (3, 32, 32)}}, got "
+            f"{shapes!r}."
+        )
+        raise InvalidArgumentError(msg)
+    found = {}
+    for name, shape in shapes.items():
+        try:
+            sizes = tuple(operator.index(size) for size in shape)
+        except TypeError:
+            sizes = ()
+        if not sizes or min(sizes) < 1:
+            msg = (
+                f"The input shape of {name!r} must be that of one input without the batch axis, "
+                f"as (3, 32, 32), got {shape!r}."
+            )
+            raise InvalidArgumentError(msg)
+        found[name] = sizes
+    return found
 
 
 def reported(
@@ -180,16 +250,22 @@ def reported(
         from conditioning.singular import singular_values
 
         true = singular_values(layer.module, tuple(input_shape))
+    circle = routes.circle(shape, layer.geometry.groups, _outputs(layer, input_shape))
+    ends_after = _measured(after, layer, circle)
+    # Right after a projection they are the same, and singular values take a while.
+    kept = after is not None and torch.equal(after.to(now), now)
+    ends_now = ends_after if kept and ends_after is not None else _range(now, layer, circle)
     return LayerReport(
         name=layer.name,
         layer=layer.geometry.describe(),
         route=shape.route,
         operator="kernel" if shape.route == "window" else "circular",
+        circle=circle,
         aim=layer.aim,
         target=layer.target,
-        before=_measured(before, layer),
-        after=_measured(after, layer),
-        now=_range(now, layer),
+        before=_measured(before, layer, circle),
+        after=ends_after,
+        now=ends_now,
         moved=_distance(after, before),
         drift=_distance(now, after),
         steps_since=steps_since,
@@ -197,13 +273,22 @@ def reported(
     )
 
 
-def _range(filters: Tensor, layer: Layer) -> Ends:
-    values = routes.singular_values(filters, layer.shape)
+def _outputs(layer: Layer, input_shape: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Output positions of a circle of the size of the input, as nearly as the stride allows."""
+    if input_shape is None:
+        return None
+    g = layer.geometry
+    strides = [1] * g.num_axes if g.transposed else g.stride
+    return tuple(max(n // s, 1) for n, s in zip(input_shape[1:], strides, strict=True))
+
+
+def _range(filters: Tensor, layer: Layer, circle: tuple[int, ...] | None) -> Ends:
+    values = routes.singular_values(filters, layer.shape, circle)
     return float(values.min()), float(values.max())
 
 
-def _measured(filters: Tensor | None, layer: Layer) -> Ends | None:
-    return None if filters is None else _range(filters, layer)
+def _measured(filters: Tensor | None, layer: Layer, circle: tuple[int, ...] | None) -> Ends | None:
+    return None if filters is None else _range(filters, layer, circle)
 
 
 def _distance(one: Tensor | None, other: Tensor | None) -> float | None:
@@ -217,7 +302,10 @@ def _ends(ends: Ends | None) -> str:
     if ends is None:
         return ""
     low, high = ends
-    return f"{low:.4g}" if high - low < 1e-4 * high else f"{low:.3g} ... {high:.3g}"
+    if high - low < 1e-4 * high:
+        return f"{low:.4g}"
+    digits = next((n for n in range(3, 7) if f"{low:.{n}g}" != f"{high:.{n}g}"), 7)
+    return f"{low:.{digits}g} ... {high:.{digits}g}"
 
 
 def _as_it_runs(found: SingularValues | None) -> str:

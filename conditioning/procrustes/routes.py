@@ -11,13 +11,20 @@ circles of any size (circular padding). There are three cases.
     least as many rows as columns times taps, as in the stem of an image network. With a stride,
     ``n`` taps meet each input, and their number depends on its phase; columns of squared length
     ``1/n`` make :math:`W^T W` the identity. One polar factor, too. The same the other way round,
-    with rows for columns, where :math:`W W^T` becomes the identity.
+    with rows for columns, where :math:`W W^T` becomes the identity. It gives the nearest of the
+    kernels whose taps are orthogonal to each other. Others are flat, too (one with a single tap,
+    say), and where a kernel is much nearer to one of those, or has no unique nearest one of
+    orthogonal taps, it is projected as in the third case.
 ``frequencies``
     All other overlapping kernels: alternating projections between operators with equal singular
-    values, one polar factor for each frequency, and kernels of the given support. Each sweep
-    brings the singular values closer, and what is left is reported. The smallest circle that
-    decides about all larger ones is taken, so the cost does not depend on the size of the images:
-    3x3 kernels have 13 frequencies without and 5 with stride 2.
+    values, one polar factor for each frequency, and kernels of the given support. No sweep takes
+    the kernel further from flat operators, in the Frobenius norm; the ratio of the largest to the
+    least singular value may rise for a while. The smallest circle is taken on which a flat
+    spectrum is flat on every larger one, too, so the cost does not depend on the size of the
+    images: 3x3 kernels have 15 frequencies without and 6 with stride 2. Where sweeps end before
+    the spectrum is flat, it spreads further on larger circles, which is where it is measured.
+    Of layers with as many rows as columns times strides few kernels are flat, and sweeps can come
+    to rest far from them, though on the smallest circle much less is to be seen.
 
 A. Zaeemzadeh, N. Rahnavard, M. Shah, arXiv:1805.07477, project at all frequencies of the output's
 size, without regard to strides; that is the same for kernels of size 1.
@@ -40,6 +47,13 @@ from conditioning.singular.geometry import Geometry
 from conditioning.singular.symbol import Grid, Polyphase
 
 Route = Literal["window", "taps", "frequencies"]
+Sizes = tuple[int, ...]
+
+# How finely spectra are measured: positions on a circle, the work that may take (a second on one
+# core), and entries of blocks at a time.
+_POSITIONS = 1024
+_WORK = 6e8
+_ENTRIES = 2**22
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,10 @@ class Shape:
 def project(
     filters: Tensor, shape: Shape, targets: Tensor, sweeps: int, method: str, rounding: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Nearest filters whose operators have all non-zero singular values equal, or nearer to it.
+    """Filters nearby whose operators have all non-zero singular values equal, or nearer to it.
+
+    The nearest ones for windows, and nearest among those with orthogonal taps for taps. Filters
+    of flat operators stay as they are, up to a factor.
 
     Parameters
     ----------
@@ -107,8 +124,40 @@ def project(
     if shape.route == "window":
         found = polar(filters.flatten(2), method, rounding=rounding)
         return (targets[:, None, None] * found.factors).reshape(filters.shape), found.deficient
-    if shape.route == "taps":
-        return _taps(filters, shape, targets, method, rounding)
+    if shape.route == "frequencies":
+        return _sweeps(filters, shape, targets, sweeps, method, rounding)
+    after, deficient = _taps(filters, shape, targets, method, rounding)
+    others = _nearer_to_others(filters, after, shape, targets)
+    others = others if deficient is None else others | deficient
+    if not bool(others.any()):
+        return after, None
+    swept, singular = _sweeps(filters[others], shape, targets[others], sweeps, method, rounding)
+    after, deficient = after.to(swept.dtype), torch.zeros_like(others)
+    after[others] = swept
+    if singular is not None:
+        deficient[others] = singular
+    return after, deficient
+
+
+def _nearer_to_others(filters: Tensor, after: Tensor, shape: Shape, targets: Tensor) -> Tensor:
+    """Whether flat operators are much nearer than the projected ones, whose taps are orthogonal."""
+    # Of one scale: all flat operators with one target have the same norm.
+    norm = torch.linalg.vector_norm(after.flatten(1), dim=1)
+    factor = norm / torch.linalg.vector_norm(filters.flatten(1), dim=1)
+    scaled = filters * factor.reshape(-1, *[1] * (filters.ndim - 1))
+    moved = torch.linalg.vector_norm((after - scaled).flatten(1), dim=1) / norm
+    # (sigma^2 - 1)^2 is 4 (sigma - 1)^2 near one.
+    distance = penalty(scaled, shape, targets).sqrt() / 2
+    # Random kernels and random changes are three times as far from orthogonal taps, and small
+    # moves, as those in training are, never change between the two. NaN is no reason, either.
+    found: Tensor = (moved > 0.1) & (distance < 0.1 * moved)
+    return found
+
+
+def _sweeps(
+    filters: Tensor, shape: Shape, targets: Tensor, sweeps: int, method: str, rounding: float
+) -> tuple[Tensor, Tensor | None]:
+    """Alternating projections."""
     transform = _transform(shape, *_complex(filters))
     # A block or two may be singular, of which any polar factor will do: the next sweep sees others.
     deficient = None
@@ -152,22 +201,104 @@ def _lengths(shape: Shape, like: Tensor) -> Tensor:
     return constant(lengths, like.dtype, like.device)
 
 
-def singular_values(filters: Tensor, shape: Shape) -> Tensor:
-    """All non-zero singular values of the operators, on a circle that decides about all larger.
+def circle(shape: Shape, groups: int = 1, own: Sequence[int] | None = None) -> Sizes | None:
+    """Output positions of the circle on which a layer is measured; ``None`` if any has the same.
+
+    A multiple of the smallest one, of about a thousand positions in all if that takes no more than
+    a second: what is flat on the smallest circle is flat on all, but what is not flat there
+    spreads further in between.
+
+    Parameters
+    ----------
+    shape : Shape
+    groups : int
+        Of such convolutions.
+    own : sequence of int, optional
+        Output positions of the layer, which are taken unless that takes too long.
+    """
+    if shape.route == "window":
+        return None
+    smallest = Grid.smallest(shape.kernel, shape.stride).outputs
+    open_axes = [k > s for k, s in zip(shape.kernel, shape.stride, strict=True)]
+    if own is not None:
+        sizes = tuple(int(n) if free else 1 for n, free in zip(own, open_axes, strict=True))
+        if _work(sizes, shape, groups) <= 10 * _WORK:
+            return sizes
+    wanted = round(_POSITIONS ** (1 / sum(open_axes)))
+    sizes = smallest
+    for outputs in range(wanted, 0, -1):
+        # Positions between those of the smallest circle are the least that is needed.
+        sizes = tuple(
+            m * max(outputs // m, 2 if 2 * m <= wanted else 1) if free else 1
+            for m, free in zip(smallest, open_axes, strict=True)
+        )
+        if _work(sizes, shape, groups) <= _WORK:
+            break
+    return sizes
+
+
+def _work(outputs: Sizes, shape: Shape, groups: int) -> float:
+    """Multiplications for eigenvalues of Gram matrices, up to a factor."""
+    short, long = sorted((shape.rows, shape.columns * math.prod(shape.stride)))
+    frequencies = math.prod(outputs) / 2
+    transform = short * long * math.prod(shape.kernel)
+    return groups * frequencies * (short * short * long + transform + 1000)
+
+
+def singular_values(filters: Tensor, shape: Shape, outputs: Sizes | None = None) -> Tensor:
+    """All non-zero singular values of the operators on a circle.
+
+    On the smallest one they say whether the operators are flat on circles of all sizes. If they
+    are not, their range is larger on others: see :func:`circle`.
+
+    Parameters
+    ----------
+    filters : Tensor of shape (count, rows, columns, *kernel)
+    shape : Shape
+    outputs : tuple of int, optional
+        Output positions; those of the smallest circle by default. Without meaning where windows
+        do not overlap.
 
     Returns
     -------
     Tensor of shape (count, values)
-        float64, on the CPU.
+        float64, on the CPU. Not numbers where the filters are not finite.
     """
     exact = filters.detach().double()
-    found: Tensor
+    if not bool(torch.isfinite(exact).all()):
+        return torch.full((len(exact), 1), math.nan, dtype=torch.float64, device="cpu")
     if shape.route == "window":
-        found = torch.linalg.svdvals(exact.flatten(2))
-    else:
-        transform = _transform(shape, torch.complex128, exact.device)
-        found = torch.linalg.svdvals(transform.blocks(exact)).flatten(1)
-    return found.cpu()
+        values: Tensor = torch.linalg.svdvals(exact.flatten(2))
+        return values.cpu()
+    grid = Grid.smallest(shape.kernel, shape.stride)
+    if outputs is not None:
+        sizes = tuple(m * s for m, s in zip(outputs, shape.stride, strict=True))
+        grid = Grid(shape.kernel, shape.stride, sizes, grid.dilation)
+    # Tensors that are made without a device are to be on this one, whatever the default is.
+    with torch.device("cpu"):
+        frequencies = grid.frequencies()
+        entries = exact.numel() // math.prod(shape.kernel) * grid.aliases
+        parts = frequencies.split(max(_ENTRIES // entries, 1))
+        found = [
+            _values(Polyphase(grid, part, torch.complex128, exact.device).blocks(exact))
+            for part in parts
+        ]
+    return torch.cat(found, dim=1)
+
+
+def _values(blocks: Tensor) -> Tensor:
+    """Singular values of blocks ``(count, F, m, n)``, ``(count, F * min(m, n))``, on the CPU."""
+    tall = blocks if blocks.shape[-2] >= blocks.shape[-1] else blocks.mH
+    # So that squares stay within range.
+    size = tall.abs().amax().clamp_min(torch.finfo(torch.float64).tiny)
+    tall = tall / size
+    squares = torch.linalg.eigvalsh(tall.mH @ tall)
+    values: Tensor = squares.clamp_min(0).sqrt()
+    # Several times faster than decompositions of the blocks, but squares lose small ones.
+    lost = squares[..., 0] < 1e-8 * squares[..., -1]
+    if bool(lost.any()):
+        values[lost] = torch.linalg.svdvals(tall[lost]).flip(-1)
+    return (size * values).flatten(1).cpu()
 
 
 def penalty(filters: Tensor, shape: Shape, targets: Tensor) -> Tensor:
@@ -227,7 +358,8 @@ def _kept(make: Callable[..., Any], *arguments: Any) -> Any:
 @lru_cache(maxsize=256)
 def _cached(make: Callable[..., Any], *arguments: Any) -> Any:
     # A tensor made in inference mode would be of no use to penalty().
-    with torch.inference_mode(mode=False):
+    # What is made without a device is to be on this one, whatever the default is.
+    with torch.inference_mode(mode=False), torch.device("cpu"):
         return make(*arguments)
 
 

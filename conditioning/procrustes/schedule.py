@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,8 @@ class Schedule:
         seed: int,
     ) -> None:
         check_counts(every=every)
-        number = isinstance(probability, (int, float, np.number))
-        if probability is not None and not (number and 0 < probability <= 1):
+        number = isinstance(probability, Real) and not isinstance(probability, bool)
+        if probability is not None and not (number and 0 < float(probability) <= 1):
             msg = f"probability must lie in (0, 1] or be None, got {probability!r}."
             raise InvalidArgumentError(msg)
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
@@ -54,6 +55,12 @@ class Schedule:
         self.every, self.probability, self.seed = every, probability, seed
         self.num_steps = [0] * len(self._optimizers)
         self._handles: list[Any] = []
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides after which steps there is a projection, as plain Python."""
+        chance = None if self.probability is None else float(self.probability)
+        return {"every": int(self.every), "probability": chance, "seed": int(self.seed)}
 
     def register(self) -> None:
         """Hook into the optimizers. They hold this object from then on, and not the reverse."""
