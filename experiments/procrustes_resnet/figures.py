@@ -185,7 +185,7 @@ def _spectra(path: Path, measured: Sequence[Pair], titles: Titles) -> None:
         (
             "1×1, stride 2",
             {"none": "He", "ours ×1": "one polar factor (the paper's result)"},
-            titles(("layer.rank", "not zero for every second output only")),
+            titles(("layer.rank", "half of them are zero")),
         ),
         (
             "2×2, stride 2",

@@ -22,7 +22,7 @@ LAYERS: Mapping[str, tuple[int, Callable[[], nn.Conv2d]]] = {
     "1×1, stride 2": (8, lambda: nn.Conv2d(16, 32, 1, stride=2, bias=False)),
     "2×2, stride 2": (8, lambda: nn.Conv2d(16, 32, 2, stride=2, bias=False)),
     "3×3, stride 2": (8, lambda: nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)),
-    "3×3 stem": (16, lambda: nn.Conv2d(3, 64, 3, padding=1, bias=False)),
+    "3×3 stem": (12, lambda: nn.Conv2d(3, 64, 3, padding=1, bias=False)),
 }
 # The two transitions of the paper, at full size.
 FULL = {"1×1, 64 → 128": (64, 128), "1×1, 128 → 256": (128, 256)}

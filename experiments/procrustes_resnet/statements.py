@@ -86,7 +86,7 @@ _layers = [
         math.sqrt(64 / 3),
         Tolerance.within(atol=1e-9),
         "float64 rounding",
-        "Smallest and largest singular value over all frequencies of a 16×16 circle.",
+        "Smallest and largest singular value over all frequencies of a 12×12 circle.",
     ),
     Claim(
         "layer.stem-paper",

@@ -210,7 +210,7 @@ def _sizes(twins: Mapping[int, list[Twins]]) -> list[str]:
         f"{both[0][0][1]['num_parameters']} and {both[0][1][1]['num_parameters']}"
         for both in twins.values()
     ]
-    return [f"parameters {', '.join(shown)}"] if shown else []
+    return [f"parameters: {', '.join(shown)}"] if shown else []
 
 
 def errors(measured: Sequence[Pair]) -> list[Verdict]:
