@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -142,6 +143,8 @@ def ranks(device: str = "cpu") -> Iterator[Ranks]:
         dist.init_process_group("nccl")
     yield current()
     # So that none is gone while another still needs it.
+    # Wrappers of models hold the group: they go first.
+    gc.collect()
     dist.barrier(group=_control_group())
     dist.destroy_process_group()
 
