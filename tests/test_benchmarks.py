@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binom
 
 from benchmarks import gradient_norms, variants
@@ -80,3 +81,26 @@ def test_what_is_tracked_are_the_blocks():
     assert len(find_blocks(problem.model, problem.inputs)) == 9
     problem = PROBLEMS["transformer8"]("cpu", batch=2)
     assert len(find_blocks(problem.model, problem.inputs)) == 8
+
+
+def test_projections_take_a_share_of_a_step():
+    from benchmarks.procrustes import share_of_a_step
+
+    assert 0 < share_of_a_step("resnet20", "cpu", steps=2) < 1
+
+
+def test_all_routes_project_alike():
+    from benchmarks import polar_routes
+
+    routes = polar_routes.three_layers("cpu")
+    assert set(routes) == {
+        polar_routes.OURS, polar_routes.SVD, polar_routes.SVD_ALL, polar_routes.PAPER,
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(128, 64, 1, 1, generator=generator)
+    one = polar_routes._single(weight)
+    for other in (polar_routes._svd_everywhere(weight, 4), polar_routes.published(weight, 4)):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-4)
+    assert polar_routes.operations(published_route=True) > 1000 * polar_routes.operations(
+        published_route=False
+    )
