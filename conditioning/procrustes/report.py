@@ -14,12 +14,11 @@ from conditioning.blocks.block import table
 from conditioning.errors import InvalidArgumentError
 from conditioning.procrustes import routes
 from conditioning.procrustes.layers import Layer
+from conditioning.singular import SingularValues, singular_values
 from conditioning.spectrum.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from conditioning.singular import SingularValues
 
 Ends = tuple[float, float]
 
@@ -245,11 +244,7 @@ def reported(
     # There is no double precision on that device.
     weight = weight.cpu() if weight.device.type == "mps" else weight
     now = layer.geometry.filters(weight).to(torch.float64)
-    true = None
-    if input_shape is not None:
-        from conditioning.singular import singular_values
-
-        true = singular_values(layer.module, tuple(input_shape))
+    true = None if input_shape is None else singular_values(layer.module, input_shape)
     circle = routes.circle(shape, layer.geometry.groups, _outputs(layer, input_shape))
     ends_after = _measured(after, layer, circle)
     # Right after a projection they are the same, and singular values take a while.

@@ -146,11 +146,14 @@ def _nearer_to_others(filters: Tensor, after: Tensor, shape: Shape, targets: Ten
     factor = norm / torch.linalg.vector_norm(filters.flatten(1), dim=1)
     scaled = filters * factor.reshape(-1, *[1] * (filters.ndim - 1))
     moved = torch.linalg.vector_norm((after - scaled).flatten(1), dim=1) / norm
+    # Small moves, as those in training are, never change between the two. NaN is no reason, either.
+    far: Tensor = moved > 0.1
+    if not bool(far.any()):
+        return far
     # (sigma^2 - 1)^2 is 4 (sigma - 1)^2 near one.
     distance = penalty(scaled, shape, targets).sqrt() / 2
-    # Random kernels and random changes are three times as far from orthogonal taps, and small
-    # moves, as those in training are, never change between the two. NaN is no reason, either.
-    found: Tensor = (moved > 0.1) & (distance < 0.1 * moved)
+    # Random kernels and random changes are three times as far from orthogonal taps.
+    found: Tensor = far & (distance < 0.1 * moved)
     return found
 
 
