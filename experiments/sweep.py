@@ -6,11 +6,14 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.errors import StoreError
 from experiments.ranks import alone, current, on_first
 from experiments.store import CellStore, canonical, fingerprint
+
+if TYPE_CHECKING:
+    from experiments.registry import Options
 
 Cell = Mapping[str, Any]
 # A cell and what was measured in it.
@@ -138,6 +141,24 @@ def _measure(cell: Cell, function: Callable[[Cell], Any], store: CellStore, toge
     result = on_first(on_disk)
     if not current().first:
         store.add(cell, result)
+
+
+def measure_cells(
+    options: Options,
+    cells: Sequence[Cell],
+    function: Callable[[Cell], Any],
+    *,
+    title: str,
+    cost: Callable[[Cell], float],
+    parallel: Callable[[Cell], bool] | None = None,
+) -> list[Pair]:
+    """Run the cells of an experiment with the store of its options; each with its result."""
+    with options.open_store() as store:
+        results = run_cells(
+            cells, function, store, progress=options.progress, title=title, cost=cost,
+            parallel=parallel,
+        )  # fmt: skip
+    return list(zip(cells, results, strict=True))
 
 
 def _seed(cell: Cell) -> None:

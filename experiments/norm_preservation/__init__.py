@@ -14,7 +14,7 @@ from typing import Any
 from experiments.claims import Claim, Verdict
 from experiments.norm_preservation.statements import CLAIMS
 from experiments.registry import Options, Preset
-from experiments.sweep import run_cells
+from experiments.sweep import measure_cells
 
 NAME = "norm_preservation"
 TITLE = "Gradient norms of residual and Procrustes nets, block by block"
@@ -240,17 +240,14 @@ def run(options: Options) -> list[Verdict]:
         shutil.rmtree(checkpoints, ignore_errors=True)
     laboratory = Laboratory(options.dataset, sizes, options.device, checkpoints)
     todo = cells(sizes, options.seeds)
-    with options.open_store() as store:
-        results = run_cells(
-            todo,
-            laboratory.measure,
-            store,
-            progress=options.progress,
-            title=NAME,
-            cost=lambda cell: _cost(cell, sizes),
-        )
+    measured = measure_cells(
+        options,
+        todo,
+        laboratory.measure,
+        title=NAME,
+        cost=lambda cell: _cost(cell, sizes),
+    )
     shutil.rmtree(checkpoints, ignore_errors=True)
-    measured = list(zip(todo, results, strict=True))
     figures.write_tables(options.out, measured)
     decided = verdicts.decide_claims(measured)
     figures.draw(options.out, measured, options.dataset.name, decided)

@@ -22,7 +22,7 @@ from experiments.models import CifarResNet, ResidualBranch, ResidualMLP
 from experiments.pictures import as_pictures, resized, standardised
 from experiments.ratios import split_summary, summary, windows_of
 from experiments.store import code_fingerprint, fingerprint
-from experiments.training import Recipe, Trainer
+from experiments.training import Recipe, Trainer, deterministic_kernels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,10 +82,7 @@ class Laboratory:
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Measure a cell; ``cell["part"]`` says which kind it is."""
-        # What is left out here is switched off.
-        with torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-        ):
+        with deterministic_kernels():
             return self._kinds[cell["part"]](cell)
 
     # -- pieces ---------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from experiments.procrustes_resnet import operators
 from experiments.procrustes_resnet.nets import NETS
 from experiments.ratios import split_summary, windows_of
 from experiments.store import code_fingerprint, fingerprint
-from experiments.training import Recipe, Trainer
+from experiments.training import Recipe, Trainer, deterministic_kernels
 
 if TYPE_CHECKING:
     from experiments.procrustes_resnet import Sizes
@@ -67,10 +67,7 @@ class Laboratory:
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Measure a cell; ``cell["part"]`` says which kind it is."""
-        # What is left out here is switched off.
-        with torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-        ):
+        with deterministic_kernels():
             return self._kinds[cell["part"]](cell)
 
     # -- pieces ---------------------------------------------------------------------------------

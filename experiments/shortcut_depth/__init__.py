@@ -16,7 +16,7 @@ from experiments.claims import Claim, Verdict
 from experiments.moments import Moments, principal_moments
 from experiments.registry import Options, Preset
 from experiments.shortcut_depth.statements import CLAIMS
-from experiments.sweep import run_cells
+from experiments.sweep import measure_cells
 
 NAME = "shortcut_depth"
 TITLE = "Hessian conditioning at zero for shortcut depths 1, 2, 3"
@@ -117,11 +117,7 @@ def run(options: Options) -> list[Verdict]:
     raw = principal_moments(options.dataset, components, whiten=False)
     laboratory = Laboratory(whitened, raw, options.device)
     todo = cells(sizes, options.seeds)
-    with options.open_store() as store:
-        results = run_cells(
-            todo, laboratory.measure, store, progress=options.progress, title=NAME, cost=_cost
-        )
-    measured = list(zip(todo, results, strict=True))
+    measured = measure_cells(options, todo, laboratory.measure, title=NAME, cost=_cost)
     context = {
         "data": options.dataset.name,
         "dim": components,

@@ -6,7 +6,14 @@ result that says so: it is an outcome to report, not an error.
 """
 
 from experiments.training.evaluate import evaluate
-from experiments.training.recipe import Loss, Precision, Recipe, TrainingError, Transform
+from experiments.training.recipe import (
+    Loss,
+    Precision,
+    Recipe,
+    TrainingError,
+    Transform,
+    deterministic_kernels,
+)
 from experiments.training.results import Evaluation, Step, TrainingResult
 from experiments.training.trainer import Callback, Stateful, Trainer
 
@@ -22,5 +29,6 @@ __all__ = [
     "TrainingError",
     "TrainingResult",
     "Transform",
+    "deterministic_kernels",
     "evaluate",
 ]

@@ -92,3 +92,11 @@ def casting(precision: Precision, device: torch.device) -> contextlib.AbstractCo
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, precision))
+
+
+def deterministic_kernels() -> contextlib.AbstractContextManager[Any]:
+    """The context in which a GPU computes the same numbers each time, in full precision."""
+    # What is left out here is switched off.
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
