@@ -17,8 +17,9 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from conditioning.errors import ParameterSelectionError, ShapeError
+from conditioning.errors import InvalidArgumentError, ParameterSelectionError, ShapeError
 from conditioning.operators import GaussNewtonOperator, HessianOperator, JacobianOperator
+from conditioning.operators.graphs import BlockEngine
 
 LOSS_OPERATORS = [(HessianOperator, dense_hessian), (GaussNewtonOperator, dense_gauss_newton)]
 
@@ -85,9 +86,30 @@ def test_block_equals_its_columns(kind, problem):
 def test_both_block_engines_agree_with_the_reference(kind, choice, problem):
     operator = build(kind, problem)
     truth = dict(LOSS_OPERATORS)[kind](problem)
-    operator._engine.choice = choice
+    operator.block_engine = choice
     bound = tolerance(problem)
     torch.testing.assert_close(operator.dense(), truth, rtol=bound, atol=bound)
+
+
+def test_a_chosen_block_engine_is_kept_and_gives_the_same_bits_each_time(mlp_problem):
+    matrices = []
+    for _ in range(2):
+        operator = build(HessianOperator, mlp_problem)
+        operator.block_engine = "batched"
+        matrices.append(operator.dense())
+        assert operator.block_engine == "batched"
+    assert torch.equal(*matrices)
+    with pytest.raises(InvalidArgumentError, match="loop, batched, undecided"):
+        operator.block_engine = "fast"
+
+
+def test_small_graphs_take_more_vectors_along_and_large_ones_fewer():
+    engine = BlockEngine()
+    for graph_bytes, budget, chunk in (
+        (1, 2**30, 256), (2**20, 2**30, 64), (2**26, 2**31, 16), (2**26, 2**28, 4), (10, 5, 1),
+    ):  # fmt: skip
+        engine.limit(graph_bytes, budget)
+        assert engine.chunk == chunk
 
 
 def test_empty_block_and_wrong_shapes(mlp_problem):

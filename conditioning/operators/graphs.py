@@ -18,8 +18,13 @@ from conditioning.operators.parameters import FlatLayout
 
 Parts = Sequence[Tensor | None]
 
+# Vectors in one batched backward pass: at least so many where memory allows; more where a graph is
+# so small that what costs is the dispatch, up to these bytes and vectors.
 _CHUNK = 16
+_CHUNK_BYTES = 64 * 2**20
+_LARGEST_CHUNK = 256
 _FEWEST = 4
+BLOCK_ENGINES = ("loop", "batched", "undecided")
 
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative for '?(?P<op>[\w:.]+)'? is not implemented"
@@ -168,7 +173,7 @@ class BlockEngine:
     Attributes
     ----------
     choice : str
-        ``"loop"``, ``"batched"``, or ``"undecided"`` before the first block.
+        ``"loop"``, ``"batched"``, or ``"undecided"`` before the first block. Set, it is not timed.
     chunk : int
         The most vectors in one batched backward pass.
     """
@@ -179,7 +184,9 @@ class BlockEngine:
 
     def limit(self, graph_bytes: int, budget: int) -> None:
         """Bound the memory: a batched pass takes about a graph's size per vector."""
-        self.chunk = max(1, min(_CHUNK, int(budget // max(graph_bytes, 1))))
+        held = max(graph_bytes, 1)
+        wanted = max(_CHUNK, min(_LARGEST_CHUNK, _CHUNK_BYTES // held))
+        self.chunk = max(1, min(wanted, int(budget // held)))
         if self.chunk < _FEWEST:
             self.choice = "loop"
 

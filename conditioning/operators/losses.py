@@ -19,7 +19,7 @@ from conditioning.memory import available_bytes
 from conditioning.operators import checks
 from conditioning.operators.base import LinearOperator
 from conditioning.operators.batches import Batches, call_with, tensors_in, to_device
-from conditioning.operators.graphs import BlockEngine, LossGraph
+from conditioning.operators.graphs import BLOCK_ENGINES, BlockEngine, LossGraph
 from conditioning.operators.guards import (
     BufferGuard,
     SavedBytes,
@@ -131,8 +131,25 @@ class LossOperator(LinearOperator):
 
     @property
     def block_engine(self) -> str:
-        """How blocks of vectors are multiplied: ``"loop"``, ``"batched"``, or ``"undecided"``."""
+        """How blocks of vectors are multiplied: ``"loop"``, ``"batched"``, or ``"undecided"``.
+
+        The first block decides by timing both. The two differ by rounding: set one where results
+        have to be equal to the last bit from run to run. A batched pass that an operation or the
+        memory does not allow becomes a loop.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If it is set to something else.
+        """
         return self._engine.choice
+
+    @block_engine.setter
+    def block_engine(self, choice: str) -> None:
+        if choice not in BLOCK_ENGINES:
+            msg = f"block_engine should be one of {', '.join(BLOCK_ENGINES)}, got {choice!r}."
+            raise InvalidArgumentError(msg)
+        self._engine.choice = choice
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all batches, flat, shape ``(n,)``."""
@@ -344,15 +361,21 @@ class LossOperator(LinearOperator):
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         block = vectors.T.contiguous()
-        if len(block) > 1 and self._bytes_per_size is None:
-            with isolated_randomness(self._batches.generators()):
-                self._measure(next(iter(self._batches)))
+        if len(block) > 1:
+            self._size_up()
         (result,) = self._over_batches(lambda graph: [self._rows(graph, block)])
         return result.to(self.dtype).T
 
+    def _size_up(self) -> None:
+        """Measure a graph once: what it holds decides how many vectors go along in one pass."""
+        if self._bytes_per_size is None:
+            with isolated_randomness(self._batches.generators()):
+                self._measure(next(iter(self._batches)))
+
     def _dense_block(self) -> int:
+        self._size_up()
         # Without kept graphs every block costs a pass over the data.
-        return 64 if self._keep else 256
+        return max(64, self._engine.chunk) if self._keep else 256
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
