@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import numpy as np
 import pandas as pd
@@ -89,17 +88,6 @@ def test_a_result_that_contradicts_the_theory_fails(decided, options):
 def vars_of(options):
     """The fields of frozen options, without what they cached."""
     return {name: getattr(options, name) for name in options.__dataclass_fields__}
-
-
-@pytest.mark.parametrize("power", [0.5, 1, 2])
-def test_the_exponent_of_growth_is_found(power):
-    curve = {depth: 3 + 2.0 * depth**power for depth in (1, 2, 3, 4, 8, 16, 32)}
-    exponent = verdicts.growth_exponent(curve)
-    assert exponent.value == pytest.approx(power, abs=1e-9)
-
-
-def test_growth_that_is_none_is_not_given_an_exponent():
-    assert math.isnan(verdicts.growth_exponent({2: 5.0, 4: 5.0, 8: 4.0, 16: 6.0, 32: 9.0}).value)
 
 
 def test_derivatives_along_a_line_are_those_of_a_known_polynomial():

@@ -7,14 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 from conditioning.theory import depth_rate
 from experiments.claims import Claim, Measured, Verdict, decide, log, over_runs
 from experiments.norm_preservation.statements import CLAIMS
+from experiments.readings import Curve, slope
 from experiments.sweep import Pair
 
-Curve = Mapping[int, float]
 BY_ID = {claim.id: claim for claim in CLAIMS}
 # At L = 2 the first block, which obeys no law, is half of the net.
 FIRST_DEPTH = 4
@@ -28,15 +26,6 @@ def curves(
     for cell, result in cells:
         found[cell["seed"]][cell[key]] = value(result)
     return dict(found)
-
-
-def slope(curve: Curve, x: Callable[[int], float], y: Callable[[float], float]) -> float:
-    """Slope of the least-squares line through ``(x(L), y(value))``; NaN for fewer than 2 points."""
-    depths = sorted(curve)
-    values = np.array([y(curve[depth]) for depth in depths])
-    if len(depths) < 2 or not np.isfinite(values).all():
-        return math.nan
-    return float(np.polyfit([x(depth) for depth in depths], values, 1)[0])
 
 
 def rate_exponent(curve: Curve) -> float:

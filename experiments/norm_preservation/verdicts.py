@@ -25,16 +25,15 @@ from experiments.norm_preservation import convolutional
 from experiments.norm_preservation.readings import (
     BY_ID,
     FIRST_DEPTH,
-    Curve,
     constants,
     curves,
     decide_over_seeds,
     depths_of,
     means,
     rate_exponent,
-    slope,
 )
 from experiments.norm_preservation.statements import CLAIMS, CONSTANT
+from experiments.readings import Curve, slope
 from experiments.sweep import Pair, name, parts
 
 

@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 
 from conditioning import Estimate, plots, theory
+from experiments.readings import number
 from experiments.report import write_csv
-from experiments.shortcut_depth.verdicts import number
 from experiments.sweep import Pair, parts
 
 _COLORS = {

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from conditioning import theory
 from experiments.claims import (
@@ -19,20 +17,11 @@ from experiments.claims import (
     decide_every,
     over_runs,
 )
+from experiments.readings import enclosed, growth_exponent, number, slope_of
 from experiments.shortcut_depth.statements import CLAIMS
 from experiments.sweep import Pair, name, parts
 
 _BY_ID = {claim.id: claim for claim in CLAIMS}
-
-
-def number(value: Any) -> float:
-    """A number as it comes back from the store."""
-    return math.nan if value is None else float(value)
-
-
-def enclosed(result: Mapping[str, Any], **more: Any) -> Measured:
-    """A stored estimate as a measurement."""
-    return Measured(number(result["value"]), number(result["low"]), number(result["high"]), **more)
 
 
 def decide_claims(measured: Sequence[Pair], context: Mapping[str, Any]) -> list[Verdict]:
@@ -182,29 +171,6 @@ def _one(measured: Sequence[Pair]) -> list[Verdict]:
             note=f"the same quotient of κ₁₀ is {max(at_ten) / min(at_ten):.2f}",
         ),
     ]
-
-
-def growth_exponent(curve: Mapping[int, float], **more: Any) -> Measured:
-    """Exponent p in kappa(2L) - kappa(L) ~ L^p, with the 95 % interval of the fit."""
-    pairs = [(d, curve[2 * d] - curve[d]) for d in sorted(curve) if d >= 2 and 2 * d in curve]
-    pairs = [(depth, rise) for depth, rise in pairs if _doubling(depth)]
-    if len(pairs) < 3 or any(not rise > 0 for _, rise in pairs):
-        return Measured(math.nan, **more)
-    fit = stats.linregress(np.log([p[0] for p in pairs]), np.log([p[1] for p in pairs]))
-    half = float(stats.t.ppf(0.975, len(pairs) - 2) * fit.stderr)
-    run = f"L = {pairs[0][0]} ... {2 * pairs[-1][0]}"
-    return Measured(float(fit.slope), fit.slope - half, fit.slope + half, run=run, **more)
-
-
-def _doubling(depth: int) -> bool:
-    return depth & (depth - 1) == 0
-
-
-def slope_of(curve: Mapping[int, float]) -> tuple[float, float]:
-    """Slope of the straight line through a curve, with half its 95 % interval."""
-    depths = [depth for depth in sorted(curve) if depth >= 2]
-    fit = stats.linregress(depths, [curve[depth] for depth in depths])
-    return float(fit.slope), float(stats.t.ppf(0.975, len(depths) - 2) * fit.stderr)
 
 
 def _initial(measured: Sequence[Pair], singular: np.ndarray) -> list[Verdict]:
