@@ -46,8 +46,16 @@ def new_axes(
     columns: int = 1, *, width: float = 5.4, height: float = 4.2
 ) -> tuple[Figure, list[Axes]]:
     """A figure that belongs to no window, with a row of axes."""
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(1, columns)))
+    figure, rows = new_grid(1, columns, width=width, height=height)
+    return figure, rows[0]
+
+
+def new_grid(
+    rows: int, columns: int, *, width: float = 5.4, height: float = 4.2
+) -> tuple[Figure, list[list[Axes]]]:
+    """The same with several rows of axes, each of the given size."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
 
 
 def save(figure: Figure, path: str | Path) -> None:

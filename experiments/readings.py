@@ -34,16 +34,28 @@ def slope(curve: Curve, x: Callable[[int], float], y: Callable[[float], float]) 
     return float(np.polyfit([x(depth) for depth in depths], values, 1)[0])
 
 
-def growth_exponent(curve: Curve, **more: Any) -> Measured:
+def growth_exponent(curve: Curve, label: str = "") -> Measured:
     """Exponent p in kappa(2L) - kappa(L) ~ L^p, with the 95 % interval of the fit."""
     pairs = [(d, curve[2 * d] - curve[d]) for d in sorted(curve) if d >= 2 and 2 * d in curve]
     pairs = [(depth, rise) for depth, rise in pairs if _doubling(depth)]
-    if len(pairs) < 3 or any(not rise > 0 for _, rise in pairs):
-        return Measured(math.nan, **more)
+    last = 2 * pairs[-1][0] if pairs else 0
+    return _power_law(pairs, label, last)
+
+
+def power_law(curve: Curve, label: str = "") -> Measured:
+    """Exponent p in value ~ L^p, with the 95 % interval of the fit."""
+    pairs = sorted(curve.items())
+    return _power_law(pairs, label, pairs[-1][0] if pairs else 0)
+
+
+def _power_law(pairs: Sequence[tuple[int, float]], label: str, last: int) -> Measured:
+    run = f"L = {pairs[0][0]} ... {last}" if pairs else ""
+    run = f"{label}, {run}" if label else run
+    if len(pairs) < 3 or any(not 0 < value < math.inf for _, value in pairs):
+        return Measured(math.nan, run=run)
     fit = stats.linregress(np.log([p[0] for p in pairs]), np.log([p[1] for p in pairs]))
     half = float(stats.t.ppf(0.975, len(pairs) - 2) * fit.stderr)
-    run = f"L = {pairs[0][0]} ... {2 * pairs[-1][0]}"
-    return Measured(float(fit.slope), fit.slope - half, fit.slope + half, run=run, **more)
+    return Measured(float(fit.slope), fit.slope - half, fit.slope + half, run=run)
 
 
 def _doubling(depth: int) -> bool:
@@ -57,15 +69,15 @@ def slope_of(curve: Curve) -> tuple[float, float]:
     return float(fit.slope), float(stats.t.ppf(0.975, len(depths) - 2) * fit.stderr)
 
 
-def ratio_of_means(
+def ratio_of_groups(
     values: Sequence[float], others: Sequence[float], *, confidence: float = 0.95, **more: Any
 ) -> Measured:
-    """Mean of some runs over the mean of others, which were drawn independently.
+    """Geometric mean of some runs over that of others, which were drawn independently.
 
     Parameters
     ----------
     values, others : sequence of float
-        One number for each run, not negative. A run that diverged enters as infinity.
+        A positive number for each run. A run that diverged enters as infinity.
     confidence : float
         Of the enclosure.
     **more
@@ -74,28 +86,28 @@ def ratio_of_means(
     Returns
     -------
     Measured
-        The enclosure is that of Welch's t for the difference of the means, divided by the second
-        mean: so it contains 1 exactly where that test sees no difference. A mean that is infinite
-        decides by itself: the ratio is then 0, infinite, or, if both are, unknown. So it is where
-        both groups have a single run, and where the second mean is 0.
+        The enclosure is that of Welch's t for the difference of the mean logarithms. A group with a
+        diverged run decides by itself: the ratio is then 0, infinite, or, if both have one,
+        unknown. So it is if a number is not positive; where a group has a single run, nothing
+        bounds it.
     """
-    runs = [np.asarray(group, dtype=float) for group in (values, others)]
     more = {"num_runs": len(values) + len(others), **more}
-    if any(not len(group) or np.isnan(group).any() for group in runs):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = [np.log(np.asarray(group, dtype=float)) for group in (values, others)]
+    if any(not len(group) or np.isnan(group).any() or (group == -np.inf).any() for group in logs):
         return Measured(math.nan, **more)
-    mean, other = (float(group.mean()) for group in runs)
-    if math.isinf(mean) or math.isinf(other):
-        ratio = math.nan if math.isinf(mean) and math.isinf(other) else mean / other
-        return Measured(ratio, **more)
-    if other == 0:
-        return Measured(math.nan, **more)
-    if min(len(group) for group in runs) < 2:
-        return Measured(mean / other, -math.inf, math.inf, **more)
-    shares = [float(group.var(ddof=1)) / len(group) for group in runs]
+    diverged = [bool(np.isinf(group).any()) for group in logs]
+    if any(diverged):
+        both, first = all(diverged), diverged[0]
+        return Measured(math.nan if both else math.inf if first else 0.0, **more)
+    gap = float(logs[0].mean() - logs[1].mean())
+    if min(len(group) for group in logs) < 2:
+        return Measured(math.exp(gap), 0.0, math.inf, **more)
+    shares = [float(group.var(ddof=1)) / len(group) for group in logs]
     half = 0.0
     if sum(shares) > 0:
         freedom = sum(shares) ** 2 / sum(
-            share**2 / (len(group) - 1) for share, group in zip(shares, runs, strict=True)
+            share**2 / (len(group) - 1) for share, group in zip(shares, logs, strict=True)
         )
-        half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(sum(shares)) / other
-    return Measured(mean / other, mean / other - half, mean / other + half, **more)
+        half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(sum(shares))
+    return Measured(math.exp(gap), math.exp(gap - half), math.exp(gap + half), **more)

@@ -30,6 +30,7 @@ from experiments.store import STORE_NAME, CellsInMemory, CellStore, Mode, code_f
 # Names and modules, not modules: what is not asked for is not imported.
 _MODULES: dict[str, str] = {
     "shortcut_depth": "experiments.shortcut_depth",
+    "shortcut_training": "experiments.shortcut_training",
     "norm_preservation": "experiments.norm_preservation",
     "procrustes_resnet": "experiments.procrustes_resnet",
 }

@@ -15,11 +15,8 @@ import numpy as np
 
 from experiments.claims import Measured, Verdict, decide, decide_every, geometric, over_runs
 from experiments.learning import AT_CHANCE, if_trained, loss
-from experiments.norm_preservation.readings import (
-    BY_ID,
-    Curve,
-    curves,
-)
+from experiments.norm_preservation.readings import BY_ID, curves
+from experiments.readings import Curve
 from experiments.sweep import Pair, name, parts
 
 # The smallest net of which the page's pictures are: 164 and 166 layers.
