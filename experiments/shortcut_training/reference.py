@@ -50,8 +50,30 @@ RELU: Mapping[str, tuple[float, ...]] = {
 }
 
 
-def at(table: Mapping[str, tuple[float, ...]], net: str, depth: int) -> float | None:
-    """The number of a net at a depth, if there is one."""
-    depths = RELU_DEPTHS if table is RELU else DEPTHS
-    values = table.get(net)
-    return None if values is None or depth not in depths else values[depths.index(depth)]
+START_DEPTHS = (2, 4, 8, 16, 32)
+#: κ₁₀ at initial weights, at :data:`START_DEPTHS`.
+START: Mapping[str, tuple[float, ...]] = {
+    TWO: (1.49, 1.49, 1.49, 1.49, 1.49),
+    ONE: (3.78, 9.4, 20.6, 42.9, 87.4),
+    ORTHOGONAL: (3.7, 9.2, 20.4, 41.6, 86.6),
+    XAVIER: (40, 3.6e3, 7e5, 6e8, 2e13),
+}
+PATH_DEPTH = 12
+#: Losses along trainings of that depth, :data:`LEAST_LOSS` included.
+PATH_LOSSES = (4.5, 2.0, 1.0, 0.7, 0.55, 0.45, 0.40, 0.37)
+#: κ₁₀ at :data:`PATH_LOSSES`: the geometric mean of the ends where a range was noted.
+PATH: Mapping[str, tuple[float, ...]] = {
+    TWO: (1.4, 4, 12, 30, 71, 300, 1.7e3, 8.9e3),
+    ORTHOGONAL: (30, 33, 43, 57, 80, 150, 380, 1.7e3),
+}
+
+
+def tables() -> dict[str, tuple[tuple[int, ...], Mapping[str, tuple[float, ...]]]]:
+    """What there is over depth, by what it is called in ``comparison.csv``: depths and values."""
+    return {
+        "κ₁₀ at initial weights": (START_DEPTHS, START),
+        "final loss above the least one": (DEPTHS, EXCESS),
+        "best learning rate": (DEPTHS, RATE),
+        "mean Frobenius norm": (DEPTHS, NORM),
+        "final loss, ReLU in the middle": (RELU_DEPTHS, RELU),
+    }
