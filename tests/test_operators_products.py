@@ -99,16 +99,20 @@ def test_a_chosen_block_engine_is_kept_and_gives_the_same_bits_each_time(mlp_pro
         matrices.append(operator.dense())
         assert operator.block_engine == "batched"
     assert torch.equal(*matrices)
-    with pytest.raises(InvalidArgumentError, match="loop, batched, undecided"):
-        operator.block_engine = "fast"
+    jacobian = JacobianOperator(mlp_problem.model, mlp_problem.batch[0])
+    jacobian.block_engine = "loop"
+    for one in (operator, jacobian):
+        with pytest.raises(InvalidArgumentError, match="loop, batched, undecided"):
+            one.block_engine = "fast"
 
 
 def test_small_graphs_take_more_vectors_along_and_large_ones_fewer():
     engine = BlockEngine()
-    for graph_bytes, budget, chunk in (
-        (1, 2**30, 256), (2**20, 2**30, 64), (2**26, 2**31, 16), (2**26, 2**28, 4), (10, 5, 1),
+    for graph_bytes, vector_bytes, budget, chunk in (
+        (1, 1, 2**30, 256), (2**20, 0, 2**30, 64), (2**26, 0, 2**31, 16), (2**26, 0, 2**28, 4),
+        (10, 0, 5, 1), (1, 2**23, 2**30, 16), (1, 2**27 - 1, 2**30, 8),
     ):  # fmt: skip
-        engine.limit(graph_bytes, budget)
+        engine.limit(graph_bytes, vector_bytes, budget)
         assert engine.chunk == chunk
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from conditioning.errors import DoubleBackwardError
+from conditioning.errors import DoubleBackwardError, InvalidArgumentError
 from conditioning.operators.modules import join_names
 from conditioning.operators.parameters import FlatLayout
 
@@ -24,7 +24,7 @@ _CHUNK = 16
 _CHUNK_BYTES = 64 * 2**20
 _LARGEST_CHUNK = 256
 _FEWEST = 4
-BLOCK_ENGINES = ("loop", "batched", "undecided")
+_ENGINES = ("loop", "batched", "undecided")
 
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative for '?(?P<op>[\w:.]+)'? is not implemented"
@@ -182,9 +182,22 @@ class BlockEngine:
         self.choice = "undecided"
         self.chunk = _CHUNK
 
-    def limit(self, graph_bytes: int, budget: int) -> None:
-        """Bound the memory: a batched pass takes about a graph's size per vector."""
-        held = max(graph_bytes, 1)
+    def choose(self, choice: str) -> None:
+        """Fix the choice, or leave it to be timed with the next block.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If there is no such engine.
+        """
+        if choice not in _ENGINES:
+            msg = f"block_engine should be one of {', '.join(_ENGINES)}, got {choice!r}."
+            raise InvalidArgumentError(msg)
+        self.choice = choice
+
+    def limit(self, graph_bytes: int, vector_bytes: int, budget: int) -> None:
+        """Bound the memory: a batched pass takes about a graph's size, and itself, per vector."""
+        held = max(graph_bytes + vector_bytes, 1)
         wanted = max(_CHUNK, min(_LARGEST_CHUNK, _CHUNK_BYTES // held))
         self.chunk = max(1, min(wanted, int(budget // held)))
         if self.chunk < _FEWEST:

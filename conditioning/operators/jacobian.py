@@ -162,8 +162,13 @@ class JacobianOperator(LinearOperator):
 
     @property
     def block_engine(self) -> str:
-        """How blocks of vectors are multiplied: ``"loop"``, ``"batched"``, or ``"undecided"``."""
+        """How blocks of vectors are multiplied, see :attr:`HessianOperator.block_engine`."""
         return self._engine.choice
+
+    @block_engine.setter
+    def block_engine(self, choice: str) -> None:
+        for engine in (self._engine, self._adjoint_engine):
+            engine.choose(choice)
 
     def _build(self, buffers: BufferGuard) -> tuple[list[Tensor], JacobianGraph]:
         leaves: list[Tensor] = []
@@ -208,7 +213,8 @@ class JacobianOperator(LinearOperator):
         with counter:
             second, again = self._build(BufferGuard(self._modules))
         for engine in (self._engine, self._adjoint_engine):
-            engine.limit(counter.total, available_bytes(self.device) // 4)
+            vector = max(self.shape) * self.dtype.itemsize
+            engine.limit(counter.total, vector, available_bytes(self.device) // 4)
         eps = max(self._domain.eps, self._codomain.eps, counter.eps)
         flat, flat_again = self._codomain.join(first), self._codomain.join(second)
         generator = torch.Generator(device=self.device).manual_seed(0)

@@ -19,7 +19,7 @@ from conditioning.memory import available_bytes
 from conditioning.operators import checks
 from conditioning.operators.base import LinearOperator
 from conditioning.operators.batches import Batches, call_with, tensors_in, to_device
-from conditioning.operators.graphs import BLOCK_ENGINES, BlockEngine, LossGraph
+from conditioning.operators.graphs import BlockEngine, LossGraph
 from conditioning.operators.guards import (
     BufferGuard,
     SavedBytes,
@@ -146,10 +146,7 @@ class LossOperator(LinearOperator):
 
     @block_engine.setter
     def block_engine(self, choice: str) -> None:
-        if choice not in BLOCK_ENGINES:
-            msg = f"block_engine should be one of {', '.join(BLOCK_ENGINES)}, got {choice!r}."
-            raise InvalidArgumentError(msg)
-        self._engine.choice = choice
+        self._engine.choose(choice)
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all batches, flat, shape ``(n,)``."""
@@ -244,7 +241,7 @@ class LossOperator(LinearOperator):
             graph = self._build(batch, watch=watch, buffers=buffers)
         self._bytes_per_size = counter.total / self._batches.size_or(batch, 1.0)
         self._eps = max(self._eps, counter.eps)
-        self._engine.limit(counter.total, self._budget())
+        self._engine.limit(counter.total, self.shape[0] * self.dtype.itemsize, self._budget())
         return graph
 
     def _keep_graphs(self, kept: list[tuple[LossGraph, float]]) -> None:

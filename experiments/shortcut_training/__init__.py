@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,12 +42,13 @@ class Sizes(Preset):
     ----------
     depths : tuple of int
         L of the linear nets; multiples of 6, so that shortcuts of depth 1, 2 and 3 fit.
-    deep : tuple of int
-        Of these, the depths that are trained with ``deep_seeds`` only.
     num_steps : int
         Of gradient descent, for linear and ReLU nets.
     rates, relu_rates : tuple of three ints
         Learning rates: powers of ten of the first and the last, and how many in each decade.
+    precision : {"float32", "float64"}
+        Of the linear nets of the sweep. In float32 losses are resolved to some 1e-10 above the
+        least one. Nets with a ReLU are trained in float32, Hessians are taken in float64.
     relu_depths : tuple of int
     relu_samples : int or None
         So many samples at equal distances; None for all.
@@ -64,19 +65,15 @@ class Sizes(Preset):
         Spectra are taken at so many losses, from that of the identity map down so many decades.
     around : int
         Spectra around the escape of the 2-shortcut net.
-    deep_seeds, relu_seeds, start_seeds : int
-        Of the ``seeds``, how many for these. They count for the preset's own number of seeds:
-        another one, as asked for by ``--seeds``, is used for all but the nets that are followed
-        with one seed.
     together : int
         So many seeds of ReLU nets, or of nets that are followed, make a cell: what a killed run
         may lose.
     """
 
     depths: tuple[int, ...]
-    deep: tuple[int, ...]
     num_steps: int
     rates: tuple[int, int, int]
+    precision: Literal["float32", "float64"]
     relu_depths: tuple[int, ...]
     relu_samples: int | None
     relu_rates: tuple[int, int, int]
@@ -87,35 +84,29 @@ class Sizes(Preset):
     levels: int
     decades: float
     around: int
-    deep_seeds: int
-    relu_seeds: int
-    start_seeds: int
     together: int
 
 
 PRESETS = {
     "quick": Sizes(
-        summary="6 linear nets, L up to 96, 21 learning rates, 1000 steps; 5 seeds, but 3 of "
-        "deep and ReLU nets (--seeds N: N of each); two to three minutes",
-        seeds=5,
+        summary="6 linear nets, L up to 96, 21 learning rates, 1000 steps; 4 seeds; two to three "
+        "minutes on two cores",
+        seeds=4,
         depths=(6, 12, 24, 48, 96),
-        deep=(24, 48, 96),
         num_steps=1000,
         rates=(-4, 1, 4),
+        precision="float32",
         relu_depths=(6, 12, 24),
-        relu_samples=400,
-        relu_rates=(-2, 1, 2),
+        relu_samples=300,
+        relu_rates=(-1, 1, 2),
         start_depths=(2, 4, 8, 16),
         path_depths=(12, 16),
         path_rate=0.02,
-        path_steps=3000,
+        path_steps=4000,
         levels=7,
         decades=3.0,
-        around=5,
-        deep_seeds=3,
-        relu_seeds=3,
-        start_seeds=3,
-        together=5,
+        around=3,
+        together=4,
     ),
     "paper": Sizes(
         summary="MNIST and 10 seeds, as in the paper; ReLU nets on 2000 images at 21 learning "
@@ -123,9 +114,9 @@ PRESETS = {
         data="mnist",
         seeds=10,
         depths=(6, 12, 24, 48, 96),
-        deep=(),
         num_steps=1000,
         rates=(-4, 1, 4),
+        precision="float64",
         relu_depths=(6, 12, 24),
         relu_samples=2000,
         relu_rates=(-4, 1, 4),
@@ -136,16 +127,13 @@ PRESETS = {
         levels=25,
         decades=3.0,
         around=15,
-        deep_seeds=10,
-        relu_seeds=10,
-        start_seeds=10,
         together=2,
     ),
 }
 # The nets of each part.
 SWEPT = tuple(SHORTCUT_KINDS)
 RELU = (TWO, ORTHOGONAL, XAVIER)
-STARTED = (TWO, ONE, ORTHOGONAL, XAVIER)
+STARTED = (TWO, ORTHOGONAL, XAVIER)
 # Those whose Hessians are compared along training, and those of which one seed is shown beside.
 COMPARED = (TWO, ORTHOGONAL)
 SHOWN = (XAVIER, ONE)
@@ -158,11 +146,6 @@ def claims() -> Sequence[Claim]:
 
 def cells(sizes: Sizes, seeds: int) -> list[dict[str, Any]]:
     """Every measurement of a preset, cheap ones first."""
-    own = seeds == sizes.seeds
-    deep, relu, start = (
-        min(seeds, part) if own else seeds
-        for part in (sizes.deep_seeds, sizes.relu_seeds, sizes.start_seeds)
-    )
     found: list[dict[str, Any]] = [
         {"part": "check", "net": net, "L": 6, "seed": 0, "mid": mid}
         for mid, nets in ((None, SWEPT), ("relu", RELU))
@@ -172,7 +155,7 @@ def cells(sizes: Sizes, seeds: int) -> list[dict[str, Any]]:
         {"part": "start", "net": net, "L": depth, "seed": seed}
         for depth in sizes.start_depths
         for net in STARTED
-        for seed in range(start)
+        for seed in range(seeds)
     ]
     first, *others = sizes.path_depths
     for net in (*COMPARED, *SHOWN):
@@ -184,20 +167,19 @@ def cells(sizes: Sizes, seeds: int) -> list[dict[str, Any]]:
     found += [
         {"part": "path", "net": net, "L": depth, "first": 0, "seeds": 1, "around": 0, "every": 2}
         for depth in others
-        for net in (*COMPARED, XAVIER)
+        for net in COMPARED
     ]
     found += [
         {"part": "relu", "net": net, "L": depth, **group}
         for depth in sizes.relu_depths
         for net in RELU
-        for group in _groups(relu, sizes.together)
+        for group in _groups(seeds, sizes.together)
     ]
     found += [
-        {"part": "sweep", "net": net, "L": depth, "first": 0,
-         "seeds": deep if depth in sizes.deep else seeds}
+        {"part": "sweep", "net": net, "L": depth, "first": 0, "seeds": seeds}
         for depth in sizes.depths
         for net in SWEPT
-    ]  # fmt: skip
+    ]
     return found
 
 

@@ -44,7 +44,7 @@ def at_loss(
     if not losses.min() <= level <= losses[0] * _SLACK:
         return float("nan")
     values = np.array([value(record) for record in path["records"]])
-    # Losses decrease along a path of small steps; where rounding disturbs that, the order does.
+    # Spectra are taken where the loss first comes down to a level, so losses decrease but for ties.
     order = np.argsort(losses, kind="stable")
     values = np.log(values) if log else values
     found = float(np.interp(np.log(level), np.log(losses[order]), values[order]))
@@ -58,9 +58,8 @@ def at_level(
     *,
     log: bool = True,
 ) -> list[float]:
-    """The same for several trainings, without those that do not come down to the level."""
-    values = [at_loss(path, level, value, log=log) for path in found]
-    return [one for one in values if not np.isnan(one)]
+    """The same for several trainings; NaN for those that do not come down to the level."""
+    return [at_loss(path, level, value, log=log) for path in found]
 
 
 def half_drop(path: Mapping[str, Any]) -> float:

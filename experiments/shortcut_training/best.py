@@ -45,6 +45,22 @@ class Sweep:
         return float(self.rates[self.best]) if self.trains else float("nan")
 
     @property
+    def best_range(self) -> tuple[float, float]:
+        """First and last place in the grid of the best learning rate, if one seed is left out.
+
+        Half a step farther on either side, since the best may lie between two; unbounded for a
+        single seed, or where every rate diverges without one of them.
+        """
+        count = self.losses.shape[1]
+        if count < 2 or not self.trains:
+            return -np.inf, np.inf
+        found = [self.best]
+        for seed in range(count):
+            means = np.delete(self.losses, seed, axis=1).mean(1)
+            found.append(int(means.argmin()))
+        return min(found) - 0.5, max(found) + 0.5
+
+    @property
     def trains(self) -> bool:
         """Whether at some learning rate no seed diverges."""
         return bool(np.isfinite(self.losses.mean(1)).any())

@@ -114,13 +114,13 @@ def _edges(ax: Any, swept: Mapping[tuple[str, int], Sweep]) -> None:
 
 
 def _diverging(swept: Mapping[tuple[str, int], Sweep]) -> str:
-    """Nets for which every learning rate diverges, for a reader."""
+    """Nets that no learning rate keeps finite for all seeds, for a reader."""
     gone: dict[str, list[int]] = {}
     for (net, depth), sweep in swept.items():
         if not sweep.trains:
             gone.setdefault(net, []).append(depth)
     return "; ".join(
-        f"{net} diverges at every rate at L = {', '.join(map(str, depths))}"
+        f"{net}: no rate of the grid without diverged seeds at L = {', '.join(map(str, depths))}"
         for net, depths in gone.items()
     )
 
@@ -137,7 +137,7 @@ def _final(drawing: Drawing, swept: Mapping[tuple[str, int], Sweep]) -> None:
     _referred(left, reference.EXCESS, reference.DEPTHS)
     _referred(right, reference.RATE, reference.DEPTHS)
     left.axhline(1e-4, color="0.3", linewidth=0.9, linestyle="--", label="1e-4")
-    left.set_ylim(_BOTTOM, None)
+    left.set_ylim(_BOTTOM, drawing.context["scale"])
     _edges(right, swept)
     for ax in (left, right):
         _depth_axis(ax, depths)
@@ -153,7 +153,7 @@ def _final(drawing: Drawing, swept: Mapping[tuple[str, int], Sweep]) -> None:
     )
     right.set_title(
         drawing.titles(
-            ("rate.larger", "2-shortcut tolerates larger learning rates"),
+            ("rate.larger", "2-shortcut has the largest best learning rate"),
             ("rate.falls", "orthogonal and 1-shortcut: rate ~ 1/L"),
             ("rate.keeps", "2-shortcut: rate does not fall"),
         )
@@ -343,7 +343,7 @@ def _escape(drawing: Drawing) -> None:
     right.set_ylabel("κ₁₀ = |λ|max / |λ|(0.1)")
     right.set_title(
         f"κ₁₀ against time, L = {depth}\n"
-        + drawing.titles(("path.diverges", "grows without bound towards the least loss"))
+        + drawing.titles(("path.diverges", "grows by 10 or more towards the least loss"))
     )
     right.legend(loc="best", fontsize="small")
     figure.suptitle(
@@ -406,15 +406,16 @@ def _relu(drawing: Drawing, swept: Mapping[tuple[str, int], Sweep]) -> None:
             ("relu.two-improves", "2-shortcut improves with depth"),
             ("relu.orthogonal-does-not", "orthogonal does not"),
             ("relu.xavier-does-not", "Xavier does not"),
-        )
-    )
-    right.set_title(
-        drawing.titles(
             ("relu.best", "2-shortcut lowest at every depth"),
             ("relu.best-deep", "... at the largest"),
         )
     )
+    right.set_title("where these losses were reached")
     left.legend(loc="best", fontsize="small")
+    if any(sweep.edge for sweep in swept.values()):
+        right.legend(
+            *([[group[-1]] for group in right.get_legend_handles_labels()]), fontsize="small"
+        )
     (_, first), *_ = parts(drawing.measured, "relu")
     seeds = max(sweep.losses.shape[1] for sweep in swept.values())
     figure.suptitle(

@@ -29,6 +29,7 @@ from experiments.shortcut_training.trajectories import (
     follow,
     hessian_record,
 )
+from experiments.store import fingerprint
 
 if TYPE_CHECKING:
     from experiments.shortcut_training import Sizes
@@ -77,14 +78,19 @@ class Laboratory:
     # -- pieces ---------------------------------------------------------------------------------
 
     def net(self, cell: Cell, *, mid: str | None = None) -> ShortcutNet:
-        """The net of a cell at its initial weights."""
-        kind = SHORTCUT_KINDS[cell["net"]]
-        return kind.build(self.dim, cell["L"], cell["seed"], mid=mid, device=self.device)
+        """The net of a cell at its initial weights.
 
-    def linear_objective(self, cell: Cell) -> LinearObjective:
+        Nets of the same seed share no draws: else what is compared would not be independent.
+        """
+        kind = SHORTCUT_KINDS[cell["net"]]
+        drawn_from = {key: cell[key] for key in ("net", "L", "seed")}
+        seed = int(fingerprint(drawn_from)[:12], 16)
+        return kind.build(self.dim, cell["L"], seed, mid=mid, device=self.device)
+
+    def linear_objective(self, cell: Cell, dtype: torch.dtype = torch.float64) -> LinearObjective:
         """The loss of the linear nets of a cell."""
         shortcut = SHORTCUT_KINDS[cell["net"]].shortcut
-        return LinearObjective(self.moments, shortcut=shortcut, device=self.device)
+        return LinearObjective(self.moments, shortcut=shortcut, device=self.device, dtype=dtype)
 
     def relu_objective(self, cell: Cell, dtype: torch.dtype) -> ReluObjective:
         """The loss of the nets of a cell with a ReLU in the middle of each unit."""
@@ -114,7 +120,8 @@ class Laboratory:
     def sweep(self, cell: Cell) -> dict[str, Any]:
         """Linear nets: all learning rates and seeds, on moments."""
         nets, rates = self._nets(cell), learning_rates(*self.sizes.rates)
-        found, done = self._descend(self.linear_objective(cell), nets, rates, torch.float64)
+        dtype = getattr(torch, self.sizes.precision)
+        found, done = self._descend(self.linear_objective(cell, dtype), nets, rates, dtype)
         best = int(found["losses"].mean(1).argmin())
 
         def of_best(curves: Tensor) -> np.ndarray:
@@ -182,8 +189,8 @@ class Laboratory:
         objective: Objective = (
             self.relu_objective(cell, torch.float64) if mid else self.linear_objective(cell)
         )
-        lanes = stack([net.stacked_weights()] * 2)
-        rates = lanes.new_tensor([rate, 0.0])
+        lanes = stack([net.stacked_weights()])
+        rates = lanes.new_tensor([rate])
         optimizer = torch.optim.SGD(net.parameters(), lr=rate)
         for _ in range(steps):
             loss, change = objective(lanes, rates)

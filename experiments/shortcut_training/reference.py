@@ -2,9 +2,9 @@
 
 The paper shows curves and no table. These numbers were made for this project before it had this
 experiment, by other code: 10,000 images of MNIST, ten principal components, centred and exactly
-whitened, 1000 steps of full-batch gradient descent, learning rates 10^-4 ... 10^1 in steps of
-10^(1/4), 10 seeds (3 for ReLU nets on 2000 images). They are for comparison only: no claim's
-tolerance rests on them, and other data need not agree with them.
+whitened, 1000 steps of full-batch gradient descent, a logarithmic grid of learning rates (some on a
+finer one than here), 10 seeds (3 for ReLU nets on 2000 images, 2 or 5 for spectra). They are for
+comparison only: no claim's tolerance rests on them, and other data need not agree with them.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def _comparison(
         for loss, value in zip(reference.PATH_LOSSES, values, strict=True):
             excess = loss - reference.LEAST_LOSS
             found = along.at_level(followed, excess, along.kappa10)
-            if found:
+            if found and not np.isnan(found).any():
                 rows.append({
                     "quantity": "κ₁₀ along training", "net": net, "L": reference.PATH_DEPTH,
                     "loss": excess, "measured": float(np.exp(np.mean(np.log(found)))),

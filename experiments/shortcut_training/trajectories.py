@@ -113,8 +113,9 @@ def hessian_record(
     Returns
     -------
     mapping
-        ``kappa10`` (a condition number), ``largest`` and ``tenth`` (largest and 10th percentile of
-        ``|λ|``), ``smallest`` (the most negative), ``index``, each with its enclosure.
+        ``n``, the number of eigenvalues; with their enclosures ``kappa10`` (a condition number),
+        ``largest`` and ``tenth`` (largest and 10th percentile of ``|λ|``) and ``index``;
+        ``negative``, the most negative eigenvalue, as near as ``largest``.
     """
     with torch.no_grad():
         for parameter, weight in zip(net.parameters(), weights.flatten(0, 1), strict=True):

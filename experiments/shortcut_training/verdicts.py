@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from experiments.readings import (
 )
 from experiments.shortcut_training import along
 from experiments.shortcut_training.best import Sweep, depths_of, sweeps
-from experiments.shortcut_training.statements import BY_ID, CLAIMS, FLOOR
+from experiments.shortcut_training.statements import BY_ID, CLAIMS
 from experiments.sweep import Pair, name, parts
 
 Swept = dict[tuple[str, int], Sweep]
@@ -64,7 +65,8 @@ def decide_claims(measured: Sequence[Pair], context: Context) -> list[Verdict]:
 def _check(measured: Sequence[Pair]) -> Verdict:
     cells = parts(measured, "check")
     return decide_every(
-        BY_ID["check.descent"], [Measured(r["weights"], run=name(c)) for c, r in cells]
+        BY_ID["check.descent"],
+        [Measured(max(r["weights"], r["loss"]), run=name(c)) for c, r in cells],
     )
 
 
@@ -85,10 +87,7 @@ def _start(measured: Sequence[Pair], context: Context) -> list[Verdict]:
             explode.append(Measured(low, low, high, run=name(cell)))
     return [
         decide_every(BY_ID["start.flat"], flat),
-        decide_every(
-            BY_ID["start.linear"],
-            [_growth(measured, net) for net in (ORTHOGONAL, ONE)],
-        ),
+        decide(BY_ID["start.linear"], _growth(measured, ORTHOGONAL)),
         decide_every(BY_ID["start.explodes"], explode),
     ]
 
@@ -103,14 +102,22 @@ def _growth(measured: Sequence[Pair], net: str) -> Measured:
 # -- the sweep of linear nets -------------------------------------------------------------------
 
 
-def _compare(swept: Swept, net: str, others: Iterable[str]) -> list[Measured]:
-    """Final losses of a net over those of others, at every depth."""
-    return [
-        _ratio(swept[net, depth], swept[other, depth], run=f"{other} L={depth}")
-        for depth in depths_of(swept, net)
+def _below_all(swept: Swept, claim: str, others: Sequence[str], note: str = "") -> Verdict:
+    """The final losses of the 2-shortcut net over those of others, at every depth."""
+    pairs = [
+        (swept[TWO, depth], swept[other, depth])
+        for depth in depths_of(swept, TWO)
         for other in others
         if (other, depth) in swept
-    ]  # fmt: skip
+    ]
+    ratios = [ratio_of_groups(two.final, other.final, run=other.run) for two, other in pairs]
+    verdict = decide_every(BY_ID[claim], ratios, note=note)
+    return replace(verdict, num_runs=_num_runs(sweep for pair in pairs for sweep in pair))
+
+
+def _num_runs(some: Iterable[Sweep]) -> int:
+    """Nets at their best learning rate, each counted once."""
+    return sum({(sweep.net, sweep.depth): len(sweep.final) for sweep in some}.values())
 
 
 def _deepest(swept: Swept, net: str) -> Measured:
@@ -119,13 +126,7 @@ def _deepest(swept: Swept, net: str) -> Measured:
     if len(depths) < 2:
         return Measured(math.nan, run=net)
     first, last = (swept[net, depth] for depth in (depths[0], depths[-1]))
-    return _ratio(last, first, run=f"L = {last.depth} over {first.depth}")
-
-
-def _ratio(sweep: Sweep, other: Sweep, run: str) -> Measured:
-    return ratio_of_groups(
-        np.maximum(sweep.final, FLOOR).tolist(), np.maximum(other.final, FLOOR).tolist(), run=run
-    )
+    return ratio_of_groups(last.final, first.final, run=f"L = {last.depth} over {first.depth}")
 
 
 def _by_depth(swept: Swept, net: str) -> str:
@@ -149,8 +150,8 @@ def _losses(swept: Swept) -> list[Verdict]:
     best = ", ".join(f"{swept[TWO_XAVIER, d].final.mean():.2g} at L={d}" for d in shallow)
     return [
         decide_every(BY_ID["loss.near-minimum"], near, note=_by_depth(swept, TWO)),
-        decide_every(BY_ID["loss.beats-plain"], _compare(swept, TWO, (ORTHOGONAL, XAVIER))),
-        decide_every(BY_ID["loss.beats-shortcuts"], _compare(swept, TWO, (ONE, THREE, TWO_XAVIER))),
+        _below_all(swept, "loss.beats-plain", (ORTHOGONAL, XAVIER)),
+        _below_all(swept, "loss.beats-shortcuts", (ONE, THREE, TWO_XAVIER)),
         *(
             decide(BY_ID[claim], _deepest(swept, net), note=_by_depth(swept, net))
             for claim, net in (
@@ -167,12 +168,15 @@ def _losses(swept: Swept) -> list[Verdict]:
 def _rates(swept: Swept) -> list[Verdict]:
     larger = []
     for depth in depths_of(swept, TWO):
-        for other in SHORTCUT_KINDS:
-            if other == TWO or (other, depth) not in swept or not swept[other, depth].trains:
-                continue
-            ratio = swept[TWO, depth].rate / swept[other, depth].rate
-            step = float(swept[TWO, depth].rates[1] / swept[TWO, depth].rates[0])
-            larger.append(Measured(ratio, ratio / step, ratio * step, run=f"{other} L={depth}"))
+        two = swept[TWO, depth]
+        step = float(two.rates[1] / two.rates[0])
+        for other in (swept[net, depth] for net in SHORTCUT_KINDS if (net, depth) in swept):
+            if other is not two and other.trains:
+                # In steps of the grid, where neighbours are exactly one apart.
+                first, second = two.best_range, other.best_range
+                low, high = first[0] - second[1], first[1] - second[0]
+                ratio = step ** (two.best - other.best)
+                larger.append(Measured(ratio, step**low, step**high, run=other.run))
     edges = [f"{s.run} ({s.edge})" for s in swept.values() if s.edge]
     note = f"at the edge of the grid: {', '.join(edges)}" if edges else "none at the grid's edge"
 
@@ -182,7 +186,10 @@ def _rates(swept: Swept) -> list[Verdict]:
 
     shown = ", ".join(f"{swept[TWO, depth].rate:.2g}" for depth in depths_of(swept, TWO))
     return [
-        decide_every(BY_ID["rate.larger"], larger, note=note),
+        replace(
+            decide_every(BY_ID["rate.larger"], larger, note=note),
+            num_runs=_num_runs(sweep for sweep in swept.values() if sweep.trains),
+        ),
         decide_every(BY_ID["rate.falls"], [exponent(ORTHOGONAL), exponent(ONE)]),
         decide(BY_ID["rate.keeps"], exponent(TWO), note=f"best rates {shown}"),
     ]
@@ -239,10 +246,26 @@ def _at_levels(
     two, orthogonal = (along.paths(measured, net, depth) for net in (TWO, ORTHOGONAL))
     found = {}
     for place, level in enumerate(levels):
-        groups = [along.at_level(net, level, value, log=log) for net in (two, orthogonal)]
-        if all(groups):
-            found[place] = ratio_of_groups(*groups, run=f"loss {level:.2g} above the least")
+        groups = [
+            # All begin near the first level, some a little below it.
+            [value(path["records"][0]) for path in net]
+            if place == 0
+            else along.at_level(net, level, value, log=log)
+            for net in (two, orthogonal)
+        ]
+        reached = sum(not math.isnan(one) for group in groups for one in group)
+        run = f"loss {level:.2g} above the least" if place else "at the start"
+        if reached < len(two) + len(orthogonal):
+            # Those that come down so far need not be like the others.
+            run += f", reached by {reached} of {len(two) + len(orthogonal)}"
+        found[place] = ratio_of_groups(*groups, run=run)
     return found
+
+
+def _at_every_level(claim: str, ratios: Mapping[int, Measured], note: str = "") -> Verdict:
+    verdict = decide_every(BY_ID[claim], list(ratios.values()), note=note)
+    # The same trainings at every level.
+    return replace(verdict, num_runs=max((one.num_runs for one in ratios.values()), default=0))
 
 
 def _nearest(context: Context, decades: float) -> int:
@@ -260,19 +283,18 @@ def _until(ratios: Mapping[int, Measured], context: Context) -> str:
             again = f", below again from {context['levels'][back[0]]:.2g} on" if back else ""
             level = context["levels"][place]
             return f"mean above from {level:.2g} above the least loss on (loss {loss:.2g}){again}"
-    return "below at every level"
+    return "below at every level that all reach"
 
 
 def _kappas(measured: Sequence[Pair], context: Context) -> list[Verdict]:
     ratios = _at_levels(measured, context, along.kappa10)
-    early = [ratio for place, ratio in ratios.items() if place <= _nearest(context, 1.0)]
+    early = {place: one for place, one in ratios.items() if place <= _nearest(context, 1.0)}
     late, last = _nearest(context, 1.5), len(context["levels"]) - 1
-    nothing = Measured(math.nan, run="not reached by both nets")
     return [
-        decide_every(BY_ID["path.smaller"], list(ratios.values()), note=_until(ratios, context)),
-        decide_every(BY_ID["path.smaller-early"], early),
-        decide(BY_ID["path.larger-late"], ratios.get(late, nothing)),
-        decide(BY_ID["path.same-end"], _log10(ratios.get(last, nothing))),
+        _at_every_level("path.smaller", ratios, _until(ratios, context)),
+        _at_every_level("path.smaller-early", early),
+        decide(BY_ID["path.larger-late"], ratios[late]),
+        decide(BY_ID["path.same-end"], _log10(ratios[last])),
         _diverging(measured, context),
         _xavier(measured, context),
     ]
@@ -307,7 +329,9 @@ def _xavier(measured: Sequence[Pair], context: Context) -> Verdict:
                     if not np.isnan(pair).any():
                         run = f"{net} seed={seed}, loss {level:.2g} above the least"
                         ratios.append(Measured(pair[0] / pair[1], run=run))
-    return decide_every(BY_ID["path.xavier"], ratios)
+    ends = [path["records"][-1]["loss"] for path in along.paths(measured, XAVIER, depth)]
+    note = f"its last spectrum is at {min(ends):.2g} above the least loss" if ends else ""
+    return decide_every(BY_ID["path.xavier"], ratios, note=note)
 
 
 def _indices(measured: Sequence[Pair], context: Context) -> list[Verdict]:
@@ -322,9 +346,7 @@ def _indices(measured: Sequence[Pair], context: Context) -> list[Verdict]:
         peaks.append(along.half_drop(path) / path["peak"] if path["peak"] else math.nan)
     run = f"{TWO} L={context['depth']}"
     return [
-        decide_every(
-            BY_ID["path.index-below"], list(ratios.values()), note=_until(ratios, context)
-        ),
+        _at_every_level("path.index-below", ratios, _until(ratios, context)),
         decide(BY_ID["path.index-early"], over_runs(early, run=run)),
         decide(BY_ID["path.peak"], over_runs(peaks, run=run)),
     ]
@@ -348,6 +370,6 @@ def _relu(swept: Swept) -> list[Verdict]:
                 ("relu.xavier-does-not", XAVIER),
             )
         ),
-        decide_every(BY_ID["relu.best"], _compare(swept, TWO, others), note=edge),
-        decide_every(BY_ID["relu.best-deep"], _compare(deepest, TWO, others)),
+        _below_all(swept, "relu.best", others, edge),
+        _below_all(deepest, "relu.best-deep", others),
     ]
