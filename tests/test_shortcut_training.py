@@ -180,7 +180,7 @@ def test_nets_that_do_not_diverge_turn_the_claim_that_they_do(measured, context)
 
 
 def with_paths(measured, context, kappas, indices, *, until=0):
-    """The same run with four paths of power laws for each net, down to the last but so many levels."""
+    """The same run with four paths of power laws for each net, without so many of the levels."""
     changed = []
     levels = context["levels"][: len(context["levels"]) - until]
     for cell, result in measured:
