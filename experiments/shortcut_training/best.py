@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,6 @@ def sweeps(measured: Sequence[Pair], part: str) -> dict[tuple[str, int], Sweep]:
     return found
 
 
-def depths_of(found: dict[tuple[str, int], Sweep], net: str) -> list[int]:
+def depths_of(found: Mapping[tuple[str, int], Sweep], net: str) -> list[int]:
     """The depths at which a net was swept."""
     return sorted(depth for name, depth in found if name == net)

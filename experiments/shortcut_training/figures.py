@@ -76,7 +76,7 @@ def _over_depth(
     ax: Any, swept: Mapping[tuple[str, int], Sweep], net: str, value: Callable[[Sweep], Any]
 ) -> None:
     """Means over seeds with the range, where the net trains."""
-    found = [swept[net, depth] for depth in depths_of(dict(swept), net)]
+    found = [swept[net, depth] for depth in depths_of(swept, net)]
     found = [sweep for sweep in found if sweep.trains]
     if not found:
         return
@@ -237,7 +237,7 @@ def _norms(drawing: Drawing, swept: Mapping[tuple[str, int], Sweep]) -> None:
     left.legend(loc="upper left", fontsize="small")
     for net, depth in ((ONE, 1), (TWO, 2), (THREE, 3)):
         _over_depth(right, swept, net, lambda sweep: sweep.norms[sweep.best])
-        known = depths_of(dict(swept), net)
+        known = depths_of(swept, net)
         sweep = swept[net, known[0]]
         first = float(sweep.norms[sweep.best].mean())
         right.plot(

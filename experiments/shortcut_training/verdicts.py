@@ -136,6 +136,12 @@ def _by_depth(swept: Swept, net: str) -> str:
     )
 
 
+def _edges(swept: Swept) -> str:
+    """Nets whose best learning rate is at the edge of the grid, for a reader; or nothing."""
+    edges = [f"{sweep.run} ({sweep.edge})" for sweep in swept.values() if sweep.edge]
+    return f"at the edge of the grid: {', '.join(edges)}" if edges else ""
+
+
 def _losses(swept: Swept) -> list[Verdict]:
     near = [
         over_runs(swept[TWO, depth].final, run=swept[TWO, depth].run)
@@ -177,8 +183,7 @@ def _rates(swept: Swept) -> list[Verdict]:
                 low, high = first[0] - second[1], first[1] - second[0]
                 ratio = step ** (two.best - other.best)
                 larger.append(Measured(ratio, step**low, step**high, run=other.run))
-    edges = [f"{s.run} ({s.edge})" for s in swept.values() if s.edge]
-    note = f"at the edge of the grid: {', '.join(edges)}" if edges else "none at the grid's edge"
+    note = _edges(swept) or "none at the grid's edge"
 
     def exponent(net: str) -> Measured:
         curve = {depth: swept[net, depth].rate for depth in depths_of(swept, net)}
@@ -359,8 +364,6 @@ def _relu(swept: Swept) -> list[Verdict]:
     others = (ORTHOGONAL, XAVIER)
     depths = depths_of(swept, TWO)
     deepest = {key: sweep for key, sweep in swept.items() if key[1] == max(depths, default=0)}
-    edges = [f"{s.run} ({s.edge})" for s in swept.values() if s.edge]
-    edge = f"at the edge of the grid: {', '.join(edges)}" if edges else ""
     return [
         *(
             decide(BY_ID[claim], _deepest(swept, net), note=_by_depth(swept, net))
@@ -370,6 +373,6 @@ def _relu(swept: Swept) -> list[Verdict]:
                 ("relu.xavier-does-not", XAVIER),
             )
         ),
-        _below_all(swept, "relu.best", others, edge),
+        _below_all(swept, "relu.best", others, _edges(swept)),
         _below_all(deepest, "relu.best-deep", others),
     ]
