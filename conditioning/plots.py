@@ -58,6 +58,12 @@ def new_grid(
     return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
 
 
+def depth_colors(count: int) -> list[Any]:
+    """Colours of so many curves in an order, such as that of depths: dark to light."""
+    # One more than is used: the last is too light to be seen on white.
+    return list(sns.color_palette("viridis", count + 1))[:count]
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write a PNG that is the same, byte for byte, for the same figure."""
     path = Path(path)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from experiments.errors import DataFormatError
+
+if TYPE_CHECKING:
+    from experiments.data import Dataset
 
 
 def standardised(samples: Tensor, dims: tuple[int, ...], by: int | None = None) -> Tensor:
@@ -58,3 +62,24 @@ def resized(pictures: Tensor, size: int) -> Tensor:
     return nn.functional.interpolate(
         pictures, size=(size, size), mode="bilinear", align_corners=False, antialias=True
     )
+
+
+def split_pictures(
+    dataset: Dataset, test_share: float = 0.2
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels to train on, and to test on; standardised by the former.
+
+    Where the data set defines no test samples, ``test_share`` of it is held out, always the same.
+    """
+    if dataset.test_images is not None and dataset.test_labels is not None:
+        parts = (dataset.images, dataset.labels, dataset.test_images, dataset.test_labels)
+    else:
+        order = np.random.default_rng(0).permutation(len(dataset))
+        held, kept = np.split(order, [round(test_share * len(dataset))])
+        parts = (
+            dataset.images[kept], dataset.labels[kept], dataset.images[held], dataset.labels[held]
+        )  # fmt: skip
+    images, test = (torch.from_numpy(as_pictures(part, dataset.name)) for part in parts[::2])
+    both = standardised(torch.cat([images, test]), dims=(0, 2, 3), by=len(images))
+    labels, test_labels = (torch.from_numpy(part) for part in parts[1::2])
+    return both[: len(images)], labels, both[len(images) :], test_labels

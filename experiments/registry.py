@@ -33,6 +33,7 @@ _MODULES: dict[str, str] = {
     "shortcut_training": "experiments.shortcut_training",
     "norm_preservation": "experiments.norm_preservation",
     "procrustes_resnet": "experiments.procrustes_resnet",
+    "tau_scaling": "experiments.tau_scaling",
 }
 
 

@@ -40,6 +40,12 @@ from conditioning.theory.shortcut_depth import (
     two_shortcut_spectrum,
     whitened_condition_bound,
 )
+from conditioning.theory.tau_scaling import (
+    limit_log_growth,
+    log_growth_bounds,
+    mean_field_log_growth,
+    scaling_factor,
+)
 
 __all__ = [
     "ACTIVATIONS_AT_ZERO",
@@ -53,8 +59,11 @@ __all__ = [
     "expected_forward_gain",
     "initial_ratios",
     "leading_coefficient",
+    "limit_log_growth",
+    "log_growth_bounds",
     "main_theorem_assumptions",
     "matrix_root_deviation",
+    "mean_field_log_growth",
     "near_global_minimiser_norm",
     "one_shortcut_commuting_spectrum",
     "one_shortcut_gradient",
@@ -70,6 +79,7 @@ __all__ = [
     "rotate_cross_moment",
     "rotate_targets",
     "sample_residual_moment",
+    "scaling_factor",
     "second_moments",
     "stationary_order",
     "two_shortcut_spectrum",

@@ -18,7 +18,7 @@ from conditioning.errors import ConditioningError, NonFiniteGradientWarning
 from experiments.augment import pad_and_crop
 from experiments.data import Dataset
 from experiments.models import CifarResNet
-from experiments.pictures import as_pictures, resized, standardised
+from experiments.pictures import resized, split_pictures
 from experiments.procrustes_resnet import operators
 from experiments.procrustes_resnet.nets import NETS
 from experiments.ratios import split_summary, windows_of
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from experiments.procrustes_resnet import Sizes
 
 Cell = Mapping[str, Any]
-# Of the samples of a data set that defines no test samples.
-_TEST_SHARE = 0.2
 
 
 class Laboratory:
@@ -75,17 +73,7 @@ class Laboratory:
     @functools.cached_property
     def split(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images and labels to train on, and to test on; standardised by the former."""
-        data = self.dataset
-        if data.test_images is not None and data.test_labels is not None:
-            parts = (data.images, data.labels, data.test_images, data.test_labels)
-        else:
-            order = np.random.default_rng(0).permutation(len(data))
-            held, kept = np.split(order, [round(_TEST_SHARE * len(data))])
-            parts = (data.images[kept], data.labels[kept], data.images[held], data.labels[held])
-        images, test = (torch.from_numpy(as_pictures(part, data.name)) for part in parts[::2])
-        both = standardised(torch.cat([images, test]), dims=(0, 2, 3), by=len(images))
-        labels, test_labels = (torch.from_numpy(part) for part in parts[1::2])
-        return both[: len(images)], labels, both[len(images) :], test_labels
+        return split_pictures(self.dataset)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 -- one object lives as long as the run
     def pictures(self, size: int) -> tuple[Tensor, Tensor]:

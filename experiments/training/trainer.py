@@ -7,7 +7,7 @@ import io
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -74,6 +74,9 @@ class Trainer:
         waiting; then a training that diverges may go on for up to so many steps, less one,
         before that is seen: the model has made them, while the result ends at the step that
         diverged. Callbacks are told losses, so with any of them each one is read.
+    parameters : iterable of dict, optional
+        Groups as ``torch.optim.SGD`` takes them; all parameters of the model in one by default.
+        ``lr_factor`` in a group multiplies the learning rate of the recipe.
 
     Attributes
     ----------
@@ -123,6 +126,7 @@ class Trainer:
         evaluate_every: int | None = None,
         ranks: Literal["auto"] | None = "auto",
         sync_every: int = 1,
+        parameters: Iterable[dict[str, Any]] | None = None,
     ) -> None:
         self.ranks = _checked_ranks(ranks, recipe)
         _check(inputs, targets, recipe, evaluation, evaluate_every, sync_every)
@@ -132,7 +136,7 @@ class Trainer:
         self.transform = transform
         self.callbacks, self.stateful = tuple(callbacks), tuple(stateful)
         self.optimizer = torch.optim.SGD(
-            model.parameters(),
+            model.parameters() if parameters is None else parameters,
             lr=recipe.lr,
             momentum=recipe.momentum,
             nesterov=recipe.nesterov,
@@ -238,7 +242,7 @@ class Trainer:
         mine = self.ranks.share(self.recipe.batch_size)
         lr = self.recipe.lr_at(index)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         with casting(self.recipe.precision, self.device):
             loss = self.loss(self._parallel(inputs[mine]), targets[mine])

@@ -1,0 +1,335 @@
+"""From measured cells to one verdict for each claim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from conditioning import theory
+from experiments.claims import (
+    Measured,
+    Verdict,
+    decide,
+    decide_all,
+    decide_every,
+    over_runs,
+)
+from experiments.learning import has_learnt
+from experiments.readings import number, ratio_of_groups
+from experiments.sweep import Pair, name, parts
+from experiments.tau_scaling import curves
+from experiments.tau_scaling.nets import BN, BN_TAU, FREE, FREE_QUARTER, FREE_TAU
+from experiments.tau_scaling.rules import (
+    ABOVE,
+    BOUNDED,
+    HALF,
+    LINEAR,
+    ONE,
+    QUARTER,
+    RULES,
+    SHARP,
+    UNBOUNDED,
+)
+from experiments.tau_scaling.statements import BY_ID, CLAIMS
+
+# The law at large width takes time that grows as L / tau.
+_MEAN_FIELD_DEPTH = 1000
+# Loss of zero outputs: half of the square of a one-hot target.
+ZERO_OUTPUTS = 0.5
+
+
+def decide_claims(measured: Sequence[Pair]) -> list[Verdict]:
+    """Decide every claim, in their order."""
+    found = [
+        *_checks(measured),
+        *_forward(measured),
+        *_converse(measured),
+        *_backward(measured),
+        *_product(measured),
+        *_descent(measured),
+        *_images(measured),
+        *_with_norm(measured),
+        *_without_norm(measured),
+    ]
+    by_id = {verdict.claim.id: verdict for verdict in found}
+    return [by_id[claim.id] for claim in CLAIMS]
+
+
+def _every(claim: str, found: Sequence[Measured], note: str = "") -> Verdict:
+    return decide_every(BY_ID[claim], found, note=note)
+
+
+# -- instruments --------------------------------------------------------------------------------
+
+
+def _checks(measured: Sequence[Pair]) -> list[Verdict]:
+    by_what = {cell["what"]: result for cell, result in parts(measured, "check")}
+    rules = by_what["product"]["rules"]
+    law = by_what["law"]
+    ratios = [
+        ratio_of_groups(np.exp(groups["matrices"]), np.exp(groups["vectors"]), run=what)
+        for what, groups in law.items()
+    ]
+    return [
+        _every("check.product", [Measured(number(r["outside"]), run=r["rule"]) for r in rules]),
+        _every("check.norms", [Measured(number(r["norms"]), run=r["rule"]) for r in rules]),
+        decide(BY_ID["check.descent"], Measured(number(by_what["descent"]["error"]))),
+        _every("check.law", ratios),
+    ]
+
+
+# -- norms --------------------------------------------------------------------------------------
+
+
+def _means(
+    found: curves.Curves, run: str, value: Callable[[int, curves.Array], curves.Array]
+) -> list[Measured]:
+    """Mean over seeds of a function of the values, at each depth."""
+    return [over_runs(value(depth, x), run=f"{run}, L={depth}") for depth, x in found.items()]
+
+
+def _deep(found: curves.Curves, least: int = 1000) -> curves.Curves:
+    return {depth: values for depth, values in found.items() if depth >= least}
+
+
+def _norm(logs: Measured, expected: float | None = None) -> Measured:
+    """From the logarithm of a norm to the norm."""
+    low, high = logs.enclosure
+    return Measured(
+        math.exp(logs.value), math.exp(low), math.exp(high), expected=expected,
+        num_runs=logs.num_runs, run=logs.run,
+    )  # fmt: skip
+
+
+def _forward(measured: Sequence[Pair]) -> list[Verdict]:
+    logs = {rule: curves.norms(measured, "forward", rule) for rule in RULES}
+    highest = {rule: curves.norms(measured, "highest", rule) for rule in BOUNDED}
+    limits = []
+    for rule in (HALF, SHARP):
+        depth = max(logs[rule])
+        mean = over_runs(logs[rule][depth], run=f"{rule}, L={depth}")
+        limits.append(_norm(mean, math.exp(theory.limit_log_growth(RULES[rule].kappa))))
+    predicted, places = [], []
+    for rule in (SHARP, *UNBOUNDED):
+        for depth, values in logs[rule].items():
+            tau, run = RULES[rule].tau(depth), f"{rule}, L={depth}"
+            if rule in (QUARTER, ONE) or depth <= _MEAN_FIELD_DEPTH:
+                expected = theory.mean_field_log_growth(tau, depth)
+                predicted.append(replace(over_runs(values, run=run), expected=expected))
+            if rule in (QUARTER, ONE):
+                low, high = theory.log_growth_bounds(tau, depth)
+                places.append(over_runs((2 * values - low) / (high - low), run=run))
+    one = _means(_deep(logs[LINEAR]), LINEAR, lambda _, x: x)
+    return [
+        _every("forward.stable", [curves.slopes(logs[rule], rule) for rule in BOUNDED]),
+        _every("forward.path", [curves.slopes(highest[rule], rule) for rule in BOUNDED]),
+        _every("forward.limit", limits, _ratios(logs[SHARP])),
+        _every("forward.mean-field", predicted),
+        _every("forward.bounds", places),
+        _every("forward.no-log-factor", [_norm(mean) for mean in one]),
+    ]
+
+
+def _ratios(logs: curves.Curves) -> str:
+    """Geometric means at each depth, for a reader."""
+    means = "; ".join(f"L={depth}: {math.exp(x.mean()):.3f}" for depth, x in logs.items())
+    return f"at 1/√L {means}"
+
+
+def _converse(measured: Sequence[Pair]) -> list[Verdict]:
+    growth, squared = [], []
+    for rule in UNBOUNDED:
+        c, logs = RULES[rule].excess, curves.norms(measured, "forward", rule)
+        growth += _means(logs, rule, lambda depth, x, c=c: x / (c * math.log(depth)))  # type: ignore[misc]
+        squared += _means(
+            logs, rule, lambda depth, x, c=c: 2 * x / math.log1p(depth ** (2 * c) / 2)  # type: ignore[misc]
+        )  # fmt: skip
+    quarter, one = (curves.norms(measured, "forward", rule) for rule in (QUARTER, ONE))
+    rates = [
+        replace(rate, expected=theory.mean_field_log_growth(1.0, depth) / depth)
+        for depth, rate in zip(
+            _deep(one), _means(_deep(one), ONE, lambda depth, x: x / depth), strict=True
+        )
+    ]
+    return [
+        _every("converse.growth", growth),
+        _every("converse.squared", squared),
+        decide(BY_ID["converse.stretched"], curves.slopes(quarter, QUARTER, log=True)),
+        _every("converse.rate", rates),
+    ]
+
+
+def _backward(measured: Sequence[Pair]) -> list[Verdict]:
+    logs = {rule: curves.norms(measured, "backward", rule) for rule in RULES}
+    spread = {rule: curves.spread(measured, rule) for rule in BOUNDED}
+    forward = curves.norms(measured, "forward", ONE)
+    ratios = _means(_deep(logs[ONE]), ONE, lambda depth, x: x / forward[depth])
+    deepest = max(logs[ABOVE])
+    above = (
+        f"at L^-0.4 |g_0|/|g_L| is {math.exp(logs[ABOVE][deepest].mean()):.3g} at L={deepest}, "
+        f"at L^-1/4 1e{logs[QUARTER][deepest].mean() / math.log(10):.1f}"
+    )
+    return [
+        _every("backward.stable", [curves.slopes(logs[rule], rule) for rule in BOUNDED]),
+        _every("backward.spread", [curves.slopes(spread[rule], rule) for rule in BOUNDED]),
+        _every("backward.explodes", ratios, above),
+    ]
+
+
+def _product(measured: Sequence[Pair]) -> list[Verdict]:
+    logs = {rule: curves.spectral_norms(measured, rule) for rule in BOUNDED}
+    explode = []
+    for rule in (QUARTER, ONE):
+        low, c = curves.spectral_norms(measured, rule, "low"), RULES[rule].excess
+        explode += _means(low, rule, lambda depth, x, c=c: x / (c * math.log(depth)))  # type: ignore[misc]
+    low = curves.spectral_norms(measured, SHARP, "low")
+    means = "; ".join(
+        f"{rule}: {', '.join(f'{math.exp(x.mean()):.3g}' for x in logs[rule].values())}"
+        for rule in BOUNDED
+    )
+    depths = ", ".join(map(str, logs[SHARP]))
+    return [
+        _every(
+            "product.stable", [curves.slopes(logs[rule], rule) for rule in BOUNDED],
+            f"geometric means at L = {depths}: {means}",
+        ),
+        _every("product.explodes", explode),
+        _every("product.constant", _means(low, SHARP, lambda _, x: np.exp(x))),
+    ]  # fmt: skip
+
+
+# -- descent ------------------------------------------------------------------------------------
+
+
+def _ratios_of_losses(measured: Sequence[Pair], part: str) -> list[Measured]:
+    sharp, linear = (curves.last_losses(measured, part, rule) for rule in (SHARP, LINEAR))
+    return [ratio_of_groups(sharp[depth], linear[depth], run=f"L={depth}") for depth in sharp]
+
+
+def _descent(measured: Sequence[Pair]) -> list[Verdict]:
+    level = ZERO_OUTPUTS / 10
+    steps = {
+        depth: curves.steps_to(rows, level)
+        for depth, rows in curves.losses(measured, "descent", SHARP).items()
+    }
+    # Of a power law in the depth.
+    exponents = curves.slopes({d: np.log(x) for d, x in steps.items()}, SHARP, least=1)
+    means = ", ".join(f"{x.mean():.0f} at L={depth}" for depth, x in steps.items())
+    reached = {
+        f"L={depth} seed={seed}": bool(np.isfinite(step))
+        for depth, row in steps.items()
+        for seed, step in enumerate(row)
+    }
+    quarter = curves.last_losses(measured, "descent", QUARTER)
+    return [
+        decide(BY_ID["descent.depth-free"], exponents, note=f"mean steps {means}"),
+        decide_all(BY_ID["descent.global"], reached),
+        _every("descent.sharp-faster", _ratios_of_losses(measured, "descent")),
+        decide_all(BY_ID["descent.diverges"], _diverged(quarter, 100)),
+    ]
+
+
+def _diverged(last: curves.Curves, least: int) -> dict[str, bool | None]:
+    return {
+        f"L={depth} seed={seed}": bool(math.isinf(loss))
+        for depth, row in last.items()
+        if depth >= least
+        for seed, loss in enumerate(row)
+    }
+
+
+def _images(measured: Sequence[Pair]) -> list[Verdict]:
+    learnt: dict[str, bool | None] = {
+        f"{rule} L={depth} seed={seed}": bool(loss < ZERO_OUTPUTS / 2)
+        for rule in (LINEAR, SHARP)
+        for depth, row in curves.last_losses(measured, "images", rule).items()
+        for seed, loss in enumerate(row)
+    }
+    quarter = curves.last_losses(measured, "images", QUARTER)
+    return [
+        decide_all(BY_ID["images.train"], learnt),
+        _every("images.sharp-faster", _ratios_of_losses(measured, "images")),
+        decide_all(BY_ID["images.diverges"], _diverged(quarter, max(quarter, default=0))),
+    ]
+
+
+# -- ResNets ------------------------------------------------------------------------------------
+
+
+def errors(measured: Sequence[Pair], net: str) -> dict[int, dict[int, float]]:
+    """Errors on held-out images by size and seed; that of guessing for a net that diverged."""
+    found: dict[int, dict[int, float]] = {}
+    for cell, result in parts(measured, "train", net=net):
+        diverged = result["status"] == "diverged"
+        error = 1 - math.exp(-result["chance"]) if diverged else number(result["final_error"])
+        found.setdefault(cell["n"], {})[cell["seed"]] = error
+    return dict(sorted(found.items()))
+
+
+def _differences(
+    first: Mapping[int, float], second: Mapping[int, float], run: str, expected: float | None = None
+) -> Measured:
+    seeds = sorted(set(first) & set(second))
+    return over_runs([first[s] - second[s] for s in seeds], expected=expected, run=run)
+
+
+def _with_norm(measured: Sequence[Pair]) -> list[Verdict]:
+    plain, tau = errors(measured, BN), errors(measured, BN_TAU)
+    shallow, deep = min(tau), max(tau)
+    images = next(r["num_test"] for _, r in parts(measured, "train", net=BN_TAU))
+    gains = {n: {seed: plain[n][seed] - tau[n][seed] for seed in plain[n]} for n in (shallow, deep)}
+    p = float(np.mean(list(tau[shallow].values())))
+    slack = math.sqrt(2 * p * (1 - p) / images)
+    note = "; ".join(
+        f"ResNet-{6 * n + 2}: {np.mean(list(plain[n].values())):.3f} without, "
+        f"{np.mean(list(tau[n].values())):.3f} with"
+        for n in tau
+    )
+    both = f"n={deep} less n={shallow}"
+    if shallow == deep:
+        open_ = Measured(math.nan, expected=0.0, num_runs=0, run="one depth only")
+        grows = degrades = keeps = open_
+    else:
+        grows = _differences(gains[deep], gains[shallow], both)
+        degrades = _differences(plain[deep], plain[shallow], both)
+        keeps = _differences(tau[deep], tau[shallow], both, slack)
+    return [
+        decide(BY_ID["bn.deep"], _differences(tau[deep], plain[deep], f"n={deep}"), note=note),
+        decide(BY_ID["bn.gain-grows"], grows),
+        decide(BY_ID["bn.degradation"], degrades),
+        decide(BY_ID["bn.no-degradation"], keeps),
+    ]
+
+
+def _without_norm(measured: Sequence[Pair]) -> list[Verdict]:
+    def learnt(net: str, least: int = 0) -> dict[str, bool | None]:
+        return {
+            name(cell): has_learnt(result)
+            for cell, result in parts(measured, "train", net=net)
+            if cell["n"] >= least
+        }
+
+    deepest = max(cell["n"] for cell, _ in parts(measured, "train"))
+    return [
+        decide_all(BY_ID["free.train"], learnt(FREE_TAU)),
+        decide_all(BY_ID["free.without"], learnt(FREE, deepest), note=_ends(measured, FREE)),
+        decide_all(
+            BY_ID["free.larger"], learnt(FREE_QUARTER, deepest), note=_ends(measured, FREE_QUARTER)
+        ),
+    ]
+
+
+def _ends(measured: Sequence[Pair], net: str) -> str:
+    """How trainings of each size ended, for a reader."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for cell, result in parts(measured, "train", net=net):
+        found.setdefault(cell["n"], []).append(dict(result))
+    return "; ".join(
+        f"n={n}: {sum(r['status'] == 'diverged' for r in rows)} of {len(rows)} diverge, "
+        f"{sum(has_learnt(r) for r in rows)} learn"
+        for n, rows in sorted(found.items())
+    )
