@@ -22,7 +22,7 @@ from conditioning.theory._checks import finite_float, positive_int
 
 # A coordinate beyond so many standard deviations of its law is left out: it would add 1e-13.
 _REACH = 11.0
-_NODES = 5
+_NODES = 6
 # A panel of the quadrature in units of the step that a block makes.
 _PANEL = 1.4
 # The step's own law is cut off where it is 1e-15 of its largest value.
@@ -130,7 +130,6 @@ def limit_log_growth(kappa: float, variance: float = 1.0) -> float:
     return _step(kappa, variance) / 2
 
 
-@functools.lru_cache(maxsize=256)
 def mean_field_log_growth(tau: float, num_blocks: int, variance: float = 1.0) -> float:
     r"""Value of :math:`\log(\|h_L\|/\|h_0\|)` in the limit of large width, at any depth.
 
@@ -176,13 +175,17 @@ def mean_field_log_growth(tau: float, num_blocks: int, variance: float = 1.0) ->
     step = math.sqrt(_step(tau, variance))
     if not step:
         raise InvalidArgumentError("tau and variance must not be zero: no block would do anything.")
-    count = positive_int(num_blocks, "num_blocks")
+    return _growth_of_law(step, positive_int(num_blocks, "num_blocks"))
+
+
+@functools.lru_cache(maxsize=256)
+def _growth_of_law(step: float, count: int) -> float:
     panel = min(_PANEL * step, _REACH / 4)
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     num_panels = math.ceil(_REACH / panel)
     x = (np.arange(num_panels)[:, None] + (nodes + 1) / 2) * panel
     weights = weights * panel / 2
-    # The largest drift of a node by the growth of the norm is below a panel: see `shifted`.
+    # The panels that a step comes from.
     reach = math.ceil(_CUT * step / panel) + 1
     window = np.arange(-reach, reach + 1)
     normal = 1 / math.sqrt(2 * math.pi)
@@ -193,10 +196,13 @@ def mean_field_log_growth(tau: float, num_blocks: int, variance: float = 1.0) ->
     gain = (x**2 + step**2) * right + x * step * peak  # E relu(x + step g)^2
     total, before = 0.0, math.inf
     for done in range(1, count + 1):
-        mass = weights * density
-        growth = math.log(float((mass * gain).sum()) + atom * step**2 / 2)
+        # Errors of the quadrature must not add up: they would change the mass by a power.
+        whole = atom + float((weights * density).sum())
+        atom, mass = atom / whole, weights * density / whole
+        after = float((mass * gain).sum()) + atom * step**2 / 2
+        growth = math.log(after / float((mass * x**2).sum()))
         total += growth
-        scale = math.exp(growth / 2)
+        scale = math.sqrt(after)
         shifted = scale * x
         near = np.floor(shifted / panel).astype(int)[..., None] + window
         inside = (near >= 0) & (near < num_panels)

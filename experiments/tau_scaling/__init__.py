@@ -46,8 +46,8 @@ class Sizes(Preset):
         Of stochastic descent on images.
     descent_seeds : int
         Of both, as ``product_seeds``.
-    trained : tuple of int
-        Blocks per stage n of the ResNets, of 6n + 2 layers.
+    trained, trained_free : tuple of int
+        Blocks per stage n of the ResNets of 6n + 2 layers, with and without BatchNorm.
     widths : tuple of int
         Their channels.
     size, batch, epochs : int, int, float
@@ -76,6 +76,7 @@ class Sizes(Preset):
     image_epochs: float
     descent_seeds: int
     trained: tuple[int, ...]
+    trained_free: tuple[int, ...]
     widths: tuple[int, ...]
     size: int
     batch: int
@@ -96,7 +97,7 @@ _PAPER_SIZES: dict[str, Any] = {
 
 PRESETS = {
     "quick": Sizes(
-        summary="L up to 10000 for norms and 200 for descent; ResNet-20 and -44 on small images, "
+        summary="L up to 10000 for norms and 200 for descent; ResNet-20 to -74 on small images, "
         "two and a half epochs; 16 seeds, but 4 of products and of what is trained (--seeds N: N "
         "of each); two minutes on two cores",
         seeds=16,
@@ -112,10 +113,11 @@ PRESETS = {
         descent_steps=250,
         image_depths=(10, 30, 100),
         image_width=64,
-        image_batch=64,
+        image_batch=16,
         image_epochs=5.0,
         descent_seeds=4,
         trained=(3, 7),
+        trained_free=(3, 12),
         widths=(8, 16, 32),
         size=8,
         batch=32,
@@ -128,6 +130,7 @@ PRESETS = {
         summary="CIFAR-10: ResNet-20, -32 and -56, 10 epochs instead of 200; 3 seeds; an hour on "
         "a GPU",
         trained=(3, 5, 9),
+        trained_free=(3, 5, 9),
         epochs=10.0,
         train_seeds=3,
         **_PAPER_SIZES,
@@ -136,6 +139,7 @@ PRESETS = {
         summary="CIFAR-10: ResNet-20 to -110, the authors' 200 epochs; 3 seeds; days on a GPU, "
         "less under torchrun",
         trained=(3, 5, 9, 18),
+        trained_free=(3, 5, 9, 18),
         epochs=200.0,
         train_seeds=3,
         **_PAPER_SIZES,
@@ -144,6 +148,7 @@ PRESETS = {
         summary="as paper, with ResNet-1202 beside ResNet-110; one seed of each ResNet; weeks on "
         "a GPU, less under torchrun",
         trained=(18, 200),
+        trained_free=(18, 200),
         epochs=200.0,
         train_seeds=1,
         **_PAPER_SIZES,
@@ -187,8 +192,8 @@ def cells(sizes: Sizes, seeds: int) -> list[dict[str, Any]]:
     ]
     found += [
         {"part": "train", "net": net, "n": n, "seed": seed}
-        for n in sizes.trained
-        for net in NETS
+        for net, kind in NETS.items()
+        for n in (sizes.trained if kind.bn else sizes.trained_free)
         for seed in range(train)
     ]
     found += [

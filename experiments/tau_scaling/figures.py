@@ -28,7 +28,7 @@ from experiments.tau_scaling.rules import (
     SHARP,
     UNBOUNDED,
 )
-from experiments.tau_scaling.verdicts import ZERO_OUTPUTS, errors
+from experiments.tau_scaling.verdicts import MEAN_FIELD_DEPTH, ZERO_OUTPUTS, errors
 
 # Colour and marker of a factor, the same in every figure.
 _LOOKS: Mapping[str, tuple[Any, str]] = {
@@ -101,6 +101,7 @@ def _norms(path: Path, measured: Sequence[Pair], titles: Titles) -> None:
     beside.set_ylabel("ln(|g_0| / |g_L|)")
     right.set_yscale("log")
     beside.set_yscale("symlog", linthresh=1)
+    beside.set_ylim(-1.5, 2e4)
     left.set_title(
         titles(
             ("forward.stable", "Forward norm flat in L at 1/√L and below"),
@@ -127,14 +128,13 @@ def _norms(path: Path, measured: Sequence[Pair], titles: Titles) -> None:
 def _predictions(axes: Sequence[Any], depths: Sequence[int]) -> None:
     """Lines of the forward pass: the law at large width, its limit, and the two bounds."""
     left, right = axes
-    some = np.unique(np.geomspace(min(depths), max(depths), 13).round().astype(int)).tolist()
     for ax, rules in ((left, BOUNDED), (right, UNBOUNDED)):
         value = math.exp if ax is left else float
         for rule in rules:
             color = _LOOKS[rule][0]
             # The law takes time that grows as L / tau.
-            far = 1000 if rule in (HALF, SHARP, ABOVE) else max(depths)
-            shown = [d for d in some if d <= (100 if rule == LINEAR else far)]
+            far = {LINEAR: 100, HALF: 100, SHARP: MEAN_FIELD_DEPTH, ABOVE: MEAN_FIELD_DEPTH}
+            shown = [depth for depth in depths if depth <= far.get(rule, math.inf)]
             taus = [RULES[rule].tau(depth) for depth in shown]
             ax.plot(
                 shown,
@@ -144,9 +144,9 @@ def _predictions(axes: Sequence[Any], depths: Sequence[int]) -> None:
                 ],
                 color=color, linewidth=1.3,
             )  # fmt: skip
-            bounds = [theory.log_growth_bounds(RULES[rule].tau(d), d) for d in some]
+            bounds = [theory.log_growth_bounds(RULES[rule].tau(d), d) for d in depths]
             ends = [[value(bound[end] / 2) for bound in bounds] for end in (0, 1)]
-            ax.fill_between(some, *ends, color=color, alpha=0.13, linewidth=0)
+            ax.fill_between(depths, *ends, color=color, alpha=0.13, linewidth=0)
     for rule in (HALF, SHARP):
         limit = math.exp(theory.limit_log_growth(RULES[rule].kappa))
         left.axhline(limit, color=_LOOKS[rule][0], linewidth=1, linestyle="--")
@@ -261,7 +261,7 @@ def _resnets(path: Path, measured: Sequence[Pair], described: str, titles: Title
         )
     )
     left.legend(loc="upper left", title=described, title_fontsize="small")
-    sizes = sorted({cell["n"] for cell, _ in parts(measured, "train")})
+    sizes = sorted({cell["n"] for cell, _ in parts(measured, "train", net=FREE_TAU)})
     for ax, n, claim in ((middle, sizes[0], None), (right, sizes[-1], "free.without")):
         for net in (FREE_TAU, FREE_QUARTER, FREE):
             _curves(ax, parts(measured, "train", net=net, n=n), net)
@@ -277,7 +277,7 @@ def _resnets(path: Path, measured: Sequence[Pair], described: str, titles: Title
             title += "\n" + titles(
                 ("free.train", "1/√L trains at every depth"),
                 ("free.without", "1 does not where it is deepest"),
-                ("free.larger", "nor does L^-1/4"),
+                ("free.larger", "L^-1/4 is worse there"),
             )
         ax.set_title(title)
     plots.save(figure, path)
@@ -300,4 +300,4 @@ def _curves(ax: Any, cells: Sequence[Pair], net: str) -> None:
             ax.plot(steps[max(len(finite) - 1, 0)], height, marker="x", color=color, markersize=8)
     if any(result["status"] == "diverged" for _, result in cells):
         count = sum(result["status"] == "diverged" for _, result in cells)
-        ax.plot([], [], "x", color=color, label=f"{count} of {len(cells)} diverge")
+        ax.plot([], [], "x", color=color, label=f"{label}: {count} of {len(cells)} diverge")

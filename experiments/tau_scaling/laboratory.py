@@ -14,6 +14,7 @@ from torch import Tensor
 
 from experiments.augment import pad_and_crop
 from experiments.data import Dataset
+from experiments.errors import DataFormatError
 from experiments.models import ScaledResNet, TauStack, counted_blocks
 from experiments.pictures import resized, split_pictures
 from experiments.store import code_fingerprint, fingerprint
@@ -141,7 +142,7 @@ class Laboratory:
         x, y = x.to(self.device), y.to(self.device)
         lanes = self._lanes(cell, x.shape[1], sizes.image_width, y.shape[1])
         per_epoch = len(x) // sizes.image_batch
-        num_steps = round(sizes.image_epochs * per_epoch)
+        num_steps = max(round(sizes.image_epochs * per_epoch), 1)
         generator = torch.Generator().manual_seed(_seed("order", cell))
         epochs = -(-num_steps // per_epoch)
         # Nets of one seed see the same batches.
@@ -192,8 +193,22 @@ class Laboratory:
 
     @functools.cached_property
     def split(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Images and labels to train on, and to test on; standardised by the former."""
-        return split_pictures(self.dataset)
+        """Images and labels to train on, and to test on; standardised by the former.
+
+        Raises
+        ------
+        DataFormatError
+            There are fewer to train on than a batch takes.
+        """
+        parts = split_pictures(self.dataset)
+        needed = max(self.sizes.batch, self.sizes.image_batch)
+        if len(parts[0]) < needed:
+            msg = (
+                f"{self.dataset.name} leaves {len(parts[0])} images to train on, and a batch of "
+                f"this preset takes {needed}: give more images, or another preset"
+            )
+            raise DataFormatError(msg)
+        return parts
 
     @staticmethod
     def _unit(images: Tensor) -> Tensor:
@@ -208,9 +223,10 @@ class Laboratory:
     def recipe(self) -> Recipe:
         """The authors' rates, scaled to the length."""
         per_epoch = len(self.split[0]) // self.sizes.batch
+        num_steps = max(round(self.sizes.epochs * per_epoch), 1)
         return Recipe(
-            num_steps=round(self.sizes.epochs * per_epoch), batch_size=self.sizes.batch, lr=0.1,
-            momentum=0.9, weight_decay=1e-4, milestones=(0.5, 0.75),
+            num_steps=num_steps, batch_size=self.sizes.batch, lr=0.1, momentum=0.9,
+            weight_decay=1e-4, milestones=(0.5, 0.75),
             precision=self.sizes.precision,  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -250,7 +266,7 @@ class Laboratory:
             "num_test": len(test),
             "final_error": math.inf if result.final_error is None else result.final_error,
             "best_error": math.inf if result.best_error is None else result.best_error,
-            "tau": float(net.tau),
+            "tau": float(torch.as_tensor(net.tau).detach()),
         }
 
 

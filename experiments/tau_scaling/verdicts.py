@@ -18,7 +18,7 @@ from experiments.claims import (
     decide_every,
     over_runs,
 )
-from experiments.learning import has_learnt
+from experiments.learning import has_learnt, loss
 from experiments.readings import number, ratio_of_groups
 from experiments.sweep import Pair, name, parts
 from experiments.tau_scaling import curves
@@ -37,7 +37,7 @@ from experiments.tau_scaling.rules import (
 from experiments.tau_scaling.statements import BY_ID, CLAIMS
 
 # The law at large width takes time that grows as L / tau.
-_MEAN_FIELD_DEPTH = 1000
+MEAN_FIELD_DEPTH = 1000
 # Loss of zero outputs: half of the square of a one-hot target.
 ZERO_OUTPUTS = 0.5
 
@@ -117,7 +117,7 @@ def _forward(measured: Sequence[Pair]) -> list[Verdict]:
     for rule in (SHARP, *UNBOUNDED):
         for depth, values in logs[rule].items():
             tau, run = RULES[rule].tau(depth), f"{rule}, L={depth}"
-            if rule in (QUARTER, ONE) or depth <= _MEAN_FIELD_DEPTH:
+            if rule in (QUARTER, ONE) or depth <= MEAN_FIELD_DEPTH:
                 expected = theory.mean_field_log_growth(tau, depth)
                 predicted.append(replace(over_runs(values, run=run), expected=expected))
             if rule in (QUARTER, ONE):
@@ -233,21 +233,21 @@ def _descent(measured: Sequence[Pair]) -> list[Verdict]:
     ]
 
 
-def _diverged(last: curves.Curves, least: int) -> dict[str, bool | None]:
+def _diverged(losses: curves.Curves, least: int) -> dict[str, bool | None]:
     return {
-        f"L={depth} seed={seed}": bool(math.isinf(loss))
-        for depth, row in last.items()
+        f"L={depth} seed={seed}": bool(math.isinf(last))
+        for depth, row in losses.items()
         if depth >= least
-        for seed, loss in enumerate(row)
+        for seed, last in enumerate(row)
     }
 
 
 def _images(measured: Sequence[Pair]) -> list[Verdict]:
     learnt: dict[str, bool | None] = {
-        f"{rule} L={depth} seed={seed}": bool(loss < ZERO_OUTPUTS / 2)
+        f"{rule} L={depth} seed={seed}": bool(last < ZERO_OUTPUTS / 2)
         for rule in (LINEAR, SHARP)
         for depth, row in curves.last_losses(measured, "images", rule).items()
-        for seed, loss in enumerate(row)
+        for seed, last in enumerate(row)
     }
     quarter = curves.last_losses(measured, "images", QUARTER)
     return [
@@ -313,12 +313,18 @@ def _without_norm(measured: Sequence[Pair]) -> list[Verdict]:
             if cell["n"] >= least
         }
 
-    deepest = max(cell["n"] for cell, _ in parts(measured, "train"))
+    deepest = max(cell["n"] for cell, _ in parts(measured, "train", net=FREE_TAU))
+    quarter, sharp = (
+        [loss(result) for _, result in parts(measured, "train", net=net, n=deepest)]
+        for net in (FREE_QUARTER, FREE_TAU)
+    )
     return [
         decide_all(BY_ID["free.train"], learnt(FREE_TAU)),
         decide_all(BY_ID["free.without"], learnt(FREE, deepest), note=_ends(measured, FREE)),
-        decide_all(
-            BY_ID["free.larger"], learnt(FREE_QUARTER, deepest), note=_ends(measured, FREE_QUARTER)
+        decide(
+            BY_ID["free.larger"],
+            ratio_of_groups(quarter, sharp, run=f"n={deepest}"),
+            note=_ends(measured, FREE_QUARTER),
         ),
     ]
 
