@@ -1,0 +1,412 @@
+r"""Deep residual networks with branches scaled by a power of the depth, at initialisation.
+
+The net is :math:`h_{k+1} = h_k + \alpha V_{k+1} g(h_k)`, k = 0 ... L-1, of width d, with
+:math:`\alpha = L^{-\beta}`. Two blocks occur: ``"res-1"`` has :math:`g = \sigma(h)`, ``"res-3"``
+has :math:`g = \sigma(W h)`, both with :math:`\sigma` the ReLU. All weights have mean 0 and variance
+:math:`1/d`; over the layers they are independent, or increments of fractional Brownian motion.
+
+Sources: "Marion et al." is Marion, Fermanian, Biau, Vert, *Scaling ResNets in the Large-depth
+Regime*, arXiv:2206.06929. "Derived here" marks what was worked out for this module.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from conditioning.errors import InvalidArgumentError
+from conditioning.theory._checks import finite_float, positive_int
+
+Array = NDArray[np.float64]
+RESIDUAL_BLOCKS = ("res-1", "res-3")
+
+# Largest exponent of e that float64 holds.
+_LARGEST = 709.0
+
+# ------------------------------------------------------------------- independent weights
+
+
+def branch_scaling(depth: int, beta: float) -> float:
+    r"""Factor :math:`\alpha = L^{-\beta}` of every branch.
+
+    Parameters
+    ----------
+    depth : int
+        ``L``, the number of blocks.
+    beta : float
+        Any real number; 0 is no scaling.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``depth`` is not a positive integer, or ``beta`` is not finite.
+
+    Examples
+    --------
+    >>> branch_scaling(100, 0.5)
+    0.1
+    """
+    return float(positive_int(depth, "depth") ** -finite_float(beta, "beta"))
+
+
+def norm_second_moment(depth: int, alpha: float) -> float:
+    r"""Second moment :math:`E |h_L|^2 / |h_0|^2 = (1 + \alpha^2 / 2)^L` for independent weights.
+
+    Holds exactly for res-3 blocks and any independent entries that are symmetric about 0, at every
+    width: :math:`E |\sigma(W h)|^2 = |h|^2 / 2`, and the branch has mean zero given ``h``. Source:
+    derived here.
+
+    Parameters
+    ----------
+    depth : int
+        ``L``.
+    alpha : float
+        Factor of the branches.
+
+    Returns
+    -------
+    float
+        Infinite where it leaves the range of float64.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``depth`` is not a positive integer, or ``alpha`` is not finite.
+
+    Examples
+    --------
+    >>> round(norm_second_moment(1000, 1000**-0.5) ** 0.5, 3)   # e^(1/4)
+    1.284
+    """
+    exponent = _log_moment(depth, alpha)
+    return math.exp(exponent) if exponent < _LARGEST else math.inf
+
+
+def deviation_second_moment(depth: int, alpha: float) -> float:
+    r"""Second moment :math:`E |h_L - h_0|^2 / |h_0|^2 = (1 + \alpha^2 / 2)^L - 1`.
+
+    As :func:`norm_second_moment`, since ``h`` is a martingale. For the gradient in place of the
+    output, and the last layer in place of the first, it holds up to relative corrections of order
+    ``1/d``: later gates depend on the weights of earlier layers. Source: derived here.
+
+    Parameters
+    ----------
+    depth, alpha
+        As there.
+
+    Returns
+    -------
+    float
+        Infinite where it leaves the range of float64.
+
+    Examples
+    --------
+    >>> round(deviation_second_moment(1000, 1 / 1000) ** 0.5, 4)   # about 1 / sqrt(2 L)
+    0.0224
+    """
+    exponent = _log_moment(depth, alpha)
+    return math.expm1(exponent) if exponent < _LARGEST else math.inf
+
+
+def _log_moment(depth: int, alpha: float) -> float:
+    count, factor = positive_int(depth, "depth"), finite_float(alpha, "alpha")
+    return count * math.log1p(factor * factor / 2)
+
+
+def limit_log_norm_law(width: int) -> tuple[float, float]:
+    r"""Mean and variance of :math:`\log(|H_1|^2 / |H_0|^2)`, a normal variable.
+
+    With :math:`\beta = 1/2` and independent weights the res-3 net tends to
+    :math:`dH = |H| / \sqrt{2d}\, dB`, a time-changed geometric Brownian motion:
+    :math:`\log(|H_1|^2 / |H_0|^2) \sim N(1/2 - 1/d,\; 2/d)`. Source: the limit is that of Marion
+    et al.; this solution of it is derived here (Ito's formula).
+
+    Parameters
+    ----------
+    width : int
+        ``d``.
+
+    Returns
+    -------
+    mean, variance : float
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``width`` is not a positive integer.
+
+    Examples
+    --------
+    >>> limit_log_norm_law(100)
+    (0.49, 0.02)
+    """
+    size = positive_int(width, "width")
+    return 1 / 2 - 1 / size, 2 / size
+
+
+def limit_norm_ratio_density(ratio: ArrayLike, width: int) -> Array:
+    r"""Density of :math:`|H_1| / |H_0|` in the limit of :func:`limit_log_norm_law`.
+
+    Parameters
+    ----------
+    ratio : array_like of float
+        Where the density is wanted, any shape.
+    width : int
+        ``d``.
+
+    Returns
+    -------
+    ndarray of the same shape
+        That of a log-normal law; 0 where ``ratio`` is not positive.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``width`` is not a positive integer.
+    """
+    mean, variance = limit_log_norm_law(width)
+    place = np.asarray(ratio, dtype=np.float64)
+    positive = np.where(place > 0, place, 1.0)
+    # The logarithm of the norm is half that of its square.
+    spread = math.sqrt(variance) / 2
+    score = (np.log(positive) - mean / 2) / spread
+    density = np.exp(-(score**2) / 2) / (positive * spread * math.sqrt(2 * math.pi))
+    return np.where(place > 0, density, 0.0)
+
+
+# -------------------------------------------------------------------- correlated weights
+
+
+def fgn_autocovariance(hurst: float, lags: ArrayLike) -> Array:
+    r"""Autocovariance of fractional Gaussian noise, increments of fractional Brownian motion.
+
+    :math:`\rho_H(m) = (|m+1|^{2H} - 2 |m|^{2H} + |m-1|^{2H}) / 2` (Mandelbrot and Van Ness, SIAM
+    Review 10, 1968).
+
+    Parameters
+    ----------
+    hurst : float
+        ``H`` in (0, 1); 1/2 is white noise.
+    lags : array_like of int
+        ``m``, any shape.
+
+    Returns
+    -------
+    ndarray of the same shape
+        1 at lag 0.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``hurst`` lies outside (0, 1).
+
+    Examples
+    --------
+    >>> [round(float(r), 2) for r in fgn_autocovariance(0.9, [0, 1, 2])]
+    [1.0, 0.74, 0.63]
+    """
+    power = 2 * _hurst(hurst)
+    lag = np.abs(np.asarray(lags, dtype=np.float64))
+    return np.asarray(((lag + 1) ** power - 2 * lag**power + np.abs(lag - 1) ** power) / 2)
+
+
+def relu_correlation(correlation: ArrayLike) -> Array:
+    r"""Mean product :math:`E[\sigma(X) \sigma(Y)]` of two standard normal variables after a ReLU.
+
+    :math:`(\sqrt{1 - r^2} + r (\pi - \arccos r)) / (2 \pi)`: 1/2 at r = 1, 1/(2 pi) at r = 0, the
+    arc-cosine kernel (Cho and Saul, NIPS 2009).
+
+    Parameters
+    ----------
+    correlation : array_like of float
+        ``r`` in [-1, 1], any shape.
+
+    Returns
+    -------
+    ndarray of the same shape
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a correlation lies outside [-1, 1].
+    """
+    r = _correlation(correlation)
+    kernel = np.sqrt(1 - r**2) + r * (np.pi - np.arccos(r))
+    return np.asarray(kernel / (2 * np.pi))
+
+
+def gate_correlation(correlation: ArrayLike) -> Array:
+    r"""Probability that two standard normal variables are positive, times their correlation.
+
+    :math:`r (\pi - \arccos r) / (2 \pi)`: what :func:`relu_correlation` is for outputs, this is
+    for gradients, of which an inner matrix sees the direction of the state in one component only.
+    Source: derived here.
+
+    Parameters
+    ----------
+    correlation : array_like of float
+        ``r`` in [-1, 1], any shape.
+
+    Returns
+    -------
+    ndarray of the same shape
+        1/2 at r = 1, 0 at r = 0.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a correlation lies outside [-1, 1].
+    """
+    r = _correlation(correlation)
+    return np.asarray(r * (np.pi - np.arccos(r)) / (2 * np.pi))
+
+
+def first_order_sum(
+    depth: int, hurst: float, block: str = "res-3", *, gradient: bool = False
+) -> float:
+    r"""``S`` in :math:`E |h_L - h_0|^2 / |h_0|^2 = \alpha^2 S + O(\alpha^3)`.
+
+    :math:`S = \sum_{k, l} \rho_H(k - l)\, c(\rho_H(k - l))`, with c = 1/2 for res-1, where output
+    and gradient are alike. For res-3 the inner matrices decorrelate the branches: c is
+    :func:`relu_correlation` for the output, and :func:`gate_correlation` for the gradient, up to
+    corrections of order ``1/d``. Source: derived here.
+
+    Parameters
+    ----------
+    depth : int
+        ``L``.
+    hurst : float
+        ``H`` in (0, 1), of all weights as functions of the layer.
+    block : {"res-1", "res-3"}
+    gradient : bool
+        For the gradient, ``|g_0 - g_L|^2 / |g_L|^2``, in place of the output.
+
+    Returns
+    -------
+    float
+        ``L / 2`` for independent weights, ``L^(2H) / 2`` for res-1.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``depth`` is not a positive integer, ``hurst`` lies outside (0, 1), or there is no such
+        block.
+
+    Examples
+    --------
+    >>> round(first_order_sum(1000, 0.5), 6)
+    500.0
+    >>> round(first_order_sum(1000, 0.9, "res-1") / 1000**1.8, 6)
+    0.5
+    """
+    count = positive_int(depth, "depth")
+    lags = np.arange(count)
+    rho = fgn_autocovariance(hurst, lags)
+    kernel = gate_correlation if gradient else relu_correlation
+    weight = kernel(rho) if _block(block) == "res-3" else np.full(count, 0.5)
+    pairs = np.where(lags == 0, count, 2 * (count - lags))
+    return float(np.sum(pairs * rho * weight))
+
+
+def critical_beta(
+    depth: int,
+    hurst: float,
+    block: str = "res-3",
+    *,
+    gradient: bool = False,
+    compounded: bool = True,
+) -> float:
+    r"""Scaling exponent at which the output has moved as far as its own norm.
+
+    To first order :math:`\alpha^2 S = 1` (see :func:`first_order_sum`), so
+    :math:`\beta = \log S / (2 \log L)`. Compounded, the moment grows as
+    :math:`e^{\alpha^2 S} - 1`, so :math:`\alpha^2 S = \log 2`: for H = 1/2 and res-3 that is the
+    exact moment as :math:`\alpha \to 0`, for other H an interpolation. Source: derived here.
+
+    Parameters
+    ----------
+    depth : int
+        ``L``, at least 2.
+    hurst, block, gradient
+        As there.
+    compounded : bool
+        Whether the growth is compounded.
+
+    Returns
+    -------
+    float
+        Above it the net is near the identity, below it explodes; with growing depth it tends to
+        :func:`critical_exponent`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        As there, or if ``depth`` is below 2.
+
+    Examples
+    --------
+    >>> round(critical_beta(1000, 0.5, compounded=False), 3), round(critical_beta(1000, 0.5), 3)
+    (0.45, 0.476)
+    >>> round(critical_beta(1000, 0.8), 3), round(critical_beta(1000, 0.8, gradient=True), 3)
+    (0.706, 0.579)
+    """
+    count = positive_int(depth, "depth", at_least=2)
+    level = math.log(2) if compounded else 1.0
+    moment = first_order_sum(count, hurst, block, gradient=gradient)
+    return math.log(moment / level) / (2 * math.log(count))
+
+
+def critical_exponent(hurst: float, block: str = "res-3", *, gradient: bool = False) -> float:
+    r"""Limit of :func:`critical_beta` for large depth.
+
+    H for res-1; max(1/2, H) for outputs and max(1/2, 2H - 1) for gradients of res-3.
+
+    Parameters
+    ----------
+    hurst, block, gradient
+        As there.
+
+    Returns
+    -------
+    float
+
+    Notes
+    -----
+    Marion et al. describe the shape of the line of outputs of res-3. The exponents are derived
+    here, from the growth of :func:`first_order_sum`: at long distances :math:`\rho_H` is small,
+    and c tends to 1/(2 pi) for outputs but to :math:`\rho_H / 4` for gradients. The plateau below
+    H = 1/2 is made by the inner matrix: without it negatively correlated branches cancel.
+    """
+    value = _hurst(hurst)
+    if _block(block) == "res-1":
+        return value
+    return max(0.5, 2 * value - 1 if gradient else value)
+
+
+def _correlation(correlation: ArrayLike) -> Array:
+    r = np.asarray(correlation, dtype=np.float64)
+    if not bool((np.abs(r) <= 1).all()):
+        msg = "correlation must lie in [-1, 1]."
+        raise InvalidArgumentError(msg)
+    return r
+
+
+def _hurst(value: float) -> float:
+    number = finite_float(value, "hurst")
+    if not 0 < number < 1:
+        msg = f"hurst must lie strictly between 0 and 1, got {number}."
+        raise InvalidArgumentError(msg)
+    return number
+
+
+def _block(name: str) -> str:
+    if name not in RESIDUAL_BLOCKS:
+        msg = f"block must be one of {', '.join(RESIDUAL_BLOCKS)}, got {name!r}."
+        raise InvalidArgumentError(msg)
+    return name
