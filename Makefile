@@ -24,6 +24,7 @@ help:  ## Show this list
 reproduce: $(VENV)/.installed-experiments  ## Install, measure, print the verdicts, draw the figures
 	$(BIN)/python -m experiments shortcut_depth $(ARGS)
 	$(BIN)/python -m experiments shortcut_training $(ARGS)
+	$(BIN)/python -m experiments large_depth $(ARGS)
 	$(BIN)/python -m experiments norm_preservation $(ARGS)
 	$(BIN)/python -m experiments procrustes_resnet $(ARGS)
 

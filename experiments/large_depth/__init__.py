@@ -112,8 +112,8 @@ class Sizes(Preset):
                 for some in (self.map_hursts, self.map_betas, self.depths, self.smooth_depths)
             ),
             "depths must be at least 8": min(
-                (*self.depths, *self.smooth_depths, *self.order_depths, self.map_depth, self.train_depth,
-                 self.regularity_depth, self.law_depth, self.chain_depth)
+                (*self.depths, *self.smooth_depths, *self.order_depths, self.map_depth,
+                 self.train_depth, self.regularity_depth, self.law_depth, self.chain_depth)
             ) < 8,
         }  # fmt: skip
         found = [problem for problem, there in problems.items() if there]

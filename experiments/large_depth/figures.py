@@ -150,7 +150,7 @@ def _law(out: Path, measured: Sequence[Pair], context: Mapping[str, Any], titles
             ("law.gradient-mean", "gradient: mean log = 1/4 − 1/(2d)"),
             ("law.gradient-spread", "its deviation = 1/√(2d)"),
         ),
-        (("law.shape", "Kolmogorov distance below 0.05"),),
+        (("law.shape", "log-normal: Kolmogorov distance below 0.05"),),
     )
     for ax, (logs, width, label, what), head in zip(axes, panels, heads, strict=True):
         ratios = np.exp(logs)
@@ -203,7 +203,7 @@ def _orders(
     ax.set_xticks(sizes.order_depths, [str(depth) for depth in sizes.order_depths])
     ax.set_yscale("log")
     ax.set_xlabel("depth L")
-    ax.set_ylabel("largest distance to the net of depth 2L on the same path, by |h₀|")
+    ax.set_ylabel("largest distance to the net of depth 2L\non the same path, relative to |h₀|")
     ax.set_title(
         titles(
             ("order.sde", "stochastic limit: strong order 1/2"),

@@ -196,7 +196,7 @@ def accuracy(
     right.axhline(context["commonest"], color="0.4", linestyle="--", linewidth=1,
                   label="commonest class")  # fmt: skip
     right.set_ylim(0, 1.02)
-    right.set_xlabel("β above the line")
+    right.set_xlabel("β less that of the predicted line")
     right.set_ylabel("test accuracy")
     right.legend(loc="lower right", fontsize="small", ncols=1 if len(hursts) < 8 else 2)
     left.set_title(

@@ -114,7 +114,7 @@ def filtered(white: Tensor, eigenvalues: Tensor) -> Tensor:
 
 def brownian_paths(noise: Tensor, hurst: float) -> Tensor:
     """Fractional Brownian motion on [0, 1] from its increments along the first axis."""
-    return noise.cumsum(0) * len(noise) ** -hurst
+    return noise.cumsum(0) * float(len(noise) ** -hurst)
 
 
 # ----------------------------------------------------------------------------- smooth paths
@@ -154,7 +154,7 @@ def smooth_factor(depth: int, variant: Variant = "process", bandwidth: float = B
     grid = torch.linspace(0, 1, _GRID, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(_kernel(grid, grid, bandwidth))
     kept = values > _ROUNDING * values[-1]
-    factor = _kernel(times, grid, bandwidth) @ (vectors[:, kept] / values[kept].sqrt())
+    factor: Tensor = _kernel(times, grid, bandwidth) @ (vectors[:, kept] / values[kept].sqrt())
     if variant == "increments":
         # Differences of the factor, not of the covariance, whose entries would cancel.
         factor = factor.diff(dim=0)
