@@ -1,0 +1,459 @@
+"""The large-depth experiment, small: verdicts, files, resuming, and that it can be bad."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conditioning import theory
+from experiments import large_depth, registry
+from experiments.errors import DataFormatError, ExperimentError
+from experiments.large_depth import Sizes, statements, verdicts
+from experiments.sweep import parts
+
+PRESETS = dict(large_depth.PRESETS)
+ROOT = Path(__file__).resolve().parent.parent
+TINY = Sizes(
+    summary="for tests",
+    seeds=2,
+    width=8,
+    depths=(10, 40, 120),
+    smooth_depths=(10, 100, 200),
+    nets=6,
+    together=4,
+    law_width=10,
+    law_depth=40,
+    law_nets=60,
+    chain_width=20,
+    chain_depth=50,
+    chain_nets=800,
+    order_width=6,
+    order_nets=4,
+    order_depths=(16, 32, 64),
+    map_depth=60,
+    map_nets=3,
+    map_inputs=2,
+    map_hursts=(0.2, 0.5, 0.8, 0.95),
+    map_betas=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2),
+    train_width=6,
+    regularity_depth=24,
+    regularity_epochs=2,
+    train_depth=12,
+    train_epochs=2,
+    train_hursts=(0.2, 0.5, 0.8),
+    train_betas=(0.1, 0.5, 0.9),
+    train_rates=(1e-2, 1e-1),
+    hursts_together=2,
+    samples=120,
+)
+TABLES = (
+    "movements", "moments", "norms", "orders", "map", "critical", "regularity", "accuracy"
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Options of a small run, in a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(large_depth.PRESETS, "quick", TINY)
+        folder = tmp_path_factory.mktemp("large_depth")
+        yield registry.options_for(large_depth, device="cpu", out=folder, progress=False)
+
+
+@pytest.fixture(scope="module")
+def decided(options):
+    """The verdicts of that run, by the claims' ids."""
+    return {verdict.claim.id: verdict for verdict in registry.run(large_depth, options)}
+
+
+@pytest.fixture(scope="module")
+def measured(decided, options):
+    """What that run measured."""
+    with dataclasses.replace(options, mode="resume").open_store() as store:
+        return [(cell, store[cell]) for cell in large_depth.cells(TINY, options.seeds)]
+
+
+CONTEXT = {"sizes": TINY, "data": "digits", "classes": 10, "commonest": 0.12}
+
+
+def again(measured, **changed):
+    """Verdicts by id, of measurements that were tampered with."""
+    context = {**CONTEXT, "sizes": dataclasses.replace(TINY, **changed)}
+    return {v.claim.id: v for v in verdicts.decide_claims(measured, context)}
+
+
+def test_what_only_a_mistake_could_break_holds(decided):
+    checks = [c.id for c in statements.CLAIMS if c.statement.startswith(statements.CHECK)]
+    assert checks == ["check.gradient", "check.training", "check.embedding", "check.noise"]
+    for name in checks:
+        assert decided[name].value == "holds", name
+
+
+def test_what_is_sure_at_any_size_holds(decided):
+    for name in ("iid.explodes", "gradient.explodes", "smooth.explodes", "map.end"):
+        assert decided[name].value == "holds", name
+
+
+def test_every_claim_has_a_verdict_and_a_source(decided):
+    assert list(decided) == [claim.id for claim in large_depth.claims()]
+    for claim in large_depth.claims():
+        assert claim.source.startswith(("Marion", "derived for this project"))
+        assert claim.reason
+        assert claim.how
+
+
+def test_tables_and_figures_are_written(decided, options):
+    for name in (
+        "independent", "smooth", "log_normal", "convergence", "hurst_paths", "critical_line",
+        "weights_after_training", "accuracy",
+    ):  # fmt: skip
+        assert (options.out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    tables = {name: pd.read_csv(options.out / f"{name}.csv") for name in TABLES}
+    assert set(tables["movements"].weights) == {
+        "independent", "smooth, process", "smooth, increments"
+    }  # fmt: skip
+    assert (tables["movements"].low <= tables["movements"]["mean"]).all()
+    moments = tables["moments"]
+    some = moments[(moments.beta == 0.5) & (moments.L == 40) & (moments.of == "output")].iloc[0]
+    exact = theory.deviation_second_moment(40, 40**-0.5) ** 0.5
+    assert some.exact_root_mean_square == pytest.approx(exact)
+    assert some.nets == 6
+    critical = tables["critical"]
+    assert critical.H.tolist() == [*TINY.map_hursts] * 2
+    row = critical[(critical.block == "res-1") & (critical.H == 0.8)].iloc[0]
+    assert row.predicted_compounded == pytest.approx(theory.critical_beta(60, 0.8, "res-1"))
+    assert len(tables["map"]) == 2 * 4 * 7
+    assert len(tables["accuracy"]) == 2 * 3 * 3 * 2
+    assert tables["norms"].nets.tolist() == [60, 60, 800]
+    written = json.loads((options.out / "verdicts.json").read_text(encoding="utf-8"))
+    assert [claim["id"] for claim in written["claims"]] == list(decided)
+
+
+# ------------------------------------------------------------------------ decisions
+
+
+def with_movements(measured, part, law):
+    """The same run, in which movements are ``law(L, beta)`` with a spread of a tenth."""
+    betas = TINY.iid_betas if part == "iid" else TINY.smooth_betas
+    changed = copy.deepcopy(measured)
+    for cell, result in parts(changed, part):
+        for key in ("output", "gradient"):
+            nets = np.arange(cell["first"], cell["first"] + cell["nets"])
+            noise = 0.1 * np.sin(7.0 * nets + cell["L"])
+            logs = [math.log(law(cell["L"], beta)) for beta in betas]
+            result[key] = (np.array(logs) + noise[:, None] * 1e-2).tolist()
+    return changed
+
+
+def test_movements_of_independent_weights_decide(measured):
+    def exact(depth, beta):
+        return theory.deviation_second_moment(depth, depth**-beta) ** 0.5
+
+    found = again(with_movements(measured, "iid", exact))
+    for name in (
+        "moment.identity", "moment.balanced", "moment.explosion", "moment.gradient-balanced",
+        "iid.identity", "iid.balanced", "iid.explodes", "gradient.identity", "gradient.balanced",
+        "gradient.explodes",
+    ):  # fmt: skip
+        assert found[name].value == "holds", name
+    assert found["iid.balanced"].num_runs == 6
+    found = again(with_movements(measured, "iid", lambda depth, beta: depth ** (0.5 - beta)))
+    assert found["moment.balanced"].value == "fails"
+    assert found["iid.balanced"].value == "holds"
+    assert found["iid.rate"].value == "not decided"  # one depth beyond 100
+    found = again(with_movements(measured, "iid", lambda depth, beta: depth ** (beta - 0.9)))
+    assert found["iid.explodes"].value == "fails"
+    assert found["iid.identity"].value == "fails"
+    assert found["iid.balanced"].value == "fails"
+
+
+def test_movements_of_smooth_weights_decide(measured):
+    found = again(with_movements(measured, "smooth", lambda depth, beta: depth ** (1 - beta)))
+    for name in ("identity", "balanced", "shallow", "explodes"):
+        assert found[f"smooth.{name}"].value == "holds", name
+
+    def late(depth, beta):
+        return depth ** (1 - beta) * (2.0 if depth == 10 else 1.0)
+
+    found = again(with_movements(measured, "smooth", late))
+    assert found["smooth.balanced"].value == "holds"
+    assert found["smooth.shallow"].value == "fails"
+
+
+def test_a_net_that_is_not_finite_leaves_a_claim_open(measured):
+    broken = copy.deepcopy(measured)
+    next(iter(parts(broken, "iid")))[1]["output"][0] = [math.nan] * 3
+    next(iter(parts(broken, "law")))[1]["output"][0] = math.inf
+    found = again(broken)
+    for name in ("iid.balanced", "iid.explodes", "moment.identity", "law.mean", "law.spread"):
+        assert found[name].value == "not decided", name
+
+
+def test_laws_decide(measured):
+    mean, variance = theory.limit_log_norm_law(10)
+    good, bad = copy.deepcopy(measured), copy.deepcopy(measured)
+    rng = np.random.default_rng(0)
+    for changed, widening in ((good, 1.0), (bad, 1.6)):
+        for cell, result in parts(changed, "law"):
+            for key in ("output", "gradient"):
+                draws = widening * rng.normal(size=cell["nets"] * 100)
+                result[key] = (mean / 2 + variance**0.5 / 2 * draws).tolist()
+        for cell, result in parts(changed, "chain"):
+            centre, square = theory.limit_log_norm_law(cell["d"])
+            draws = widening * rng.normal(size=20000)
+            result["logs"] = (centre / 2 + square**0.5 / 2 * draws).tolist()
+    names = ("law.spread", "law.gradient-spread", "law.shape")
+    found = again(good)
+    assert [found[name].value for name in (*names, "law.mean")] == ["holds"] * 4
+    found = again(bad)
+    assert [found[name].value for name in names] == ["fails"] * 3
+
+
+def test_orders_decide(measured):
+    def run(orders):
+        changed = copy.deepcopy(measured)
+        for cell, result in parts(changed, "order"):
+            order = orders[cell["limit"]]
+            result["distances"] = [
+                [(1 + 0.01 * net) * depth**-order for net in range(4)]
+                for depth in TINY.order_depths
+            ]
+        found = again(changed)
+        return found["order.sde"].value, found["order.ode"].value
+
+    assert run({"sde": 0.5, "ode": 1.0}) == ("holds", "holds")
+    assert run({"sde": 1.0, "ode": 0.5}) == ("fails", "fails")
+    assert run({"sde": math.nan, "ode": 1.0}) == ("not decided", "holds")
+
+
+def with_lines(measured, line):
+    """The same run, in which a net crosses 0 at ``line(block, H, key)``, up to 0.002."""
+    changed = copy.deepcopy(measured)
+    for cell, result in parts(changed, "map"):
+        for key in ("output", "gradient"):
+            beta = line(cell["block"], cell["H"], key)
+            result[key] = [
+                [4 * (beta + 0.002 * (net - 1) - place) for place in TINY.map_betas]
+                for net in range(cell["nets"])
+            ]
+    return changed
+
+
+def test_lines_decide(measured):
+    def predicted(block, hurst, key):
+        return theory.critical_beta(60, hurst, block, gradient=key == "gradient")
+
+    # By the formula, at so small a depth.
+    gap = max(
+        abs(predicted("res-3", h, "output") - predicted("res-3", h, "gradient"))
+        for h in TINY.map_hursts
+    )
+    assert gap > 0.05
+    found = again(with_lines(measured, predicted))
+    for name in ("line", "gradient-line", "plateau", "rises", "end", "no-plateau", "single"):
+        assert found[f"map.{name}"].value == "holds", name
+    assert found["map.gradient"].value == "fails"
+    found = again(with_lines(measured, lambda block, hurst, key: 0.5 + 0.1 * hurst))
+    assert found["map.gradient"].value == "holds"
+    assert found["map.rises"].value == "holds"
+    for name in ("line", "gradient-line", "end", "single", "single-rough"):
+        assert found[f"map.{name}"].value == "fails", name
+    found = again(with_lines(measured, lambda block, hurst, key: 1.0 - 0.5 * hurst))
+    for name in ("plateau", "rises", "no-plateau"):
+        assert found[f"map.{name}"].value == "fails", name
+
+
+def test_lines_outside_of_the_map_leave_claims_open(measured):
+    found = again(with_lines(measured, lambda block, hurst, key: 1.5))
+    for name in (
+        "line", "line-first", "plateau", "rises", "end", "gradient", "gradient-line", "no-plateau",
+        "single",
+    ):  # fmt: skip
+        assert found[f"map.{name}"].value == "not decided", name
+
+
+def with_exponents(measured, after, change):
+    changed = copy.deepcopy(measured)
+    for cell, result in parts(changed, "regularity"):
+        jitter = 0.001 * cell["seed"]
+        result["before"] = 1.0 if cell["init"] == "smooth" else 0.0
+        result["after"] = after[cell["init"]] + jitter
+        result["change"] = change + jitter
+    return again(changed)
+
+
+def test_regularity_decides(measured):
+    found = with_exponents(measured, {"smooth": 0.99, "independent": 0.02}, 0.8)
+    for name in ("smooth", "rough", "change"):
+        assert found[f"regularity.{name}"].value == "holds", name
+    found = with_exponents(measured, {"smooth": 0.5, "independent": 0.5}, 0.3)
+    for name in ("smooth", "rough", "change"):
+        assert found[f"regularity.{name}"].value == "fails", name
+    found = with_exponents(measured, {"smooth": math.nan, "independent": 0.0}, math.nan)
+    values = [found[f"regularity.{name}"].value for name in ("smooth", "rough", "change")]
+    assert values == ["not decided", "holds", "not decided"]
+
+
+def with_accuracies(measured, law):
+    changed = copy.deepcopy(measured)
+    for cell, result in parts(changed, "accuracy"):
+        table = [
+            [[law(hurst, beta) + 0.001 * cell["seed"]] * 2 for beta in TINY.train_betas]
+            for hurst in cell["H"]
+        ]
+        result["train"] = result["test"] = table
+    return again(changed)
+
+
+def test_accuracies_decide(measured):
+    def above(hurst, beta):
+        return beta > theory.critical_beta(TINY.train_depth, hurst, "res-1")
+
+    found = with_accuracies(measured, lambda *cell: 0.9 if above(*cell) else 0.12)
+    for name in ("above", "corner", "below"):
+        assert found[f"accuracy.{name}"].value == "holds", name
+    found = with_accuracies(measured, lambda hurst, beta: 0.9 - 0.1 * beta)
+    for name in ("above", "corner", "below"):
+        assert found[f"accuracy.{name}"].value == "fails", name
+    assert "and" not in found["accuracy.corner"].run
+
+
+def test_one_seed_decides_nothing_random(measured):
+    one = [pair for pair in measured if pair[0].get("seed", 0) == 0]
+    found = again(one)
+    for name in ("smooth", "rough", "change"):
+        assert found[f"regularity.{name}"].value == "not decided", name
+    for name in ("above", "corner"):
+        assert found[f"accuracy.{name}"].value == "not decided", name
+
+
+# ---------------------------------------------------------------------------- sizes
+
+
+def test_the_presets_are_those_of_the_paper_file():
+    for sizes in PRESETS.values():
+        assert sizes.depths == tuple(np.linspace(10, 1000, 10).round().astype(int).tolist())
+        assert (sizes.width, sizes.nets, sizes.map_depth) == (40, 50, 1000)
+        assert (sizes.chain_width, sizes.chain_depth, sizes.chain_nets) == (100, 1000, 10_000)
+    paper = PRESETS["paper"]
+    assert (paper.law_width, paper.law_depth, paper.law_nets) == (100, 1000, 10_000)
+    assert len(paper.map_betas) == 70
+    assert len(paper.map_hursts) == 52  # 51 of the paper, and 1/2
+    assert (paper.train_width, paper.train_depth, paper.regularity_depth) == (30, 1000, 1000)
+    assert len(paper.train_hursts) == len(paper.train_betas) == 10
+
+
+def test_cells_are_all_different_and_hold_every_net_once():
+    cells = large_depth.cells(TINY, 3)
+    assert len({json.dumps(cell) for cell in cells}) == len(cells)
+    for part, total in (("law", 60), ("iid", 6)):
+        nets = sorted(
+            net
+            for cell in cells
+            if cell["part"] == part and cell["L"] in (40,)
+            for net in range(cell["first"], cell["first"] + cell["nets"])
+        )
+        assert nets == list(range(total))
+    hursts = [h for c in cells if c["part"] == "accuracy" and c["seed"] == 2 for h in c["H"]]
+    assert hursts == list(TINY.train_hursts)
+    assert all(large_depth._cost(cell, TINY) > 0 for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"order_depths": (16, 48)}, "must double"),
+        ({"order_depths": (16,)}, "two depths or more"),
+        ({"map_hursts": (0.2, 0.8)}, "must contain 0.5"),
+        ({"train_hursts": (0.5, 1.0)}, r"must lie in \(0, 1\)"),
+        ({"map_betas": (0.5, 0.1)}, "must rise"),
+        ({"law_depth": 2}, "at least 8"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_an_error(change, text):
+    with pytest.raises(ExperimentError, match=text):
+        dataclasses.replace(TINY, **change)
+
+
+def test_data_of_one_class_are_an_error(tmp_path, monkeypatch):
+    np.savez(tmp_path / "one.npz", x=np.zeros((50, 4, 4)), y=np.zeros(50, dtype=int))
+    monkeypatch.setitem(large_depth.PRESETS, "quick", TINY)
+    options = registry.options_for(
+        large_depth, data_name=str(tmp_path / "one.npz"), device="cpu", out=tmp_path / "out",
+        progress=False,
+    )  # fmt: skip
+    with pytest.raises(DataFormatError, match="two classes or more"):
+        registry.run(large_depth, options)
+
+
+def test_other_data_with_test_samples_are_taken(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    images = (rng.random((90, 3, 5, 5)) + labels[:, None, None, None]) / 4
+    np.savez(
+        tmp_path / "small.npz", x_train=images[:60], y_train=labels[:60], x_test=images[60:],
+        y_test=labels[60:],
+    )  # fmt: skip
+    monkeypatch.setitem(large_depth.PRESETS, "quick", SMALLEST)
+    monkeypatch.setattr("experiments.large_depth.figures.draw", lambda *_: None)
+    options = registry.options_for(
+        large_depth, data_name=str(tmp_path / "small.npz"), device="cpu", seeds=1,
+        out=tmp_path / "out", progress=False,
+    )  # fmt: skip
+    found = {v.claim.id: v for v in registry.run(large_depth, options)}
+    assert found["check.training"].value == "holds"
+    assert found["accuracy.corner"].expected == pytest.approx(1 / 3)
+    assert found["accuracy.corner"].value == "not decided"  # one seed
+
+
+RUN = """
+import sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from test_large_depth import SMALLEST
+from experiments import large_depth
+from experiments.__main__ import main
+from experiments.large_depth import figures
+figures.draw = lambda *_: None  # tables are compared
+large_depth.PRESETS["quick"] = SMALLEST
+sys.exit(main(["large_depth", "--device", "cpu", "--out", sys.argv[1], "--quiet"]))
+"""
+SMALLEST = dataclasses.replace(
+    TINY, depths=(10, 20), smooth_depths=(10, 120), nets=3, law_nets=20, chain_nets=50,
+    order_depths=(16, 32), map_depth=20, train_betas=(0.1, 0.9), samples=60,
+)  # fmt: skip
+
+
+def test_a_run_that_is_killed_ends_with_the_same_files(tmp_path):
+    code = RUN.format(tests=str(ROOT / "tests"))
+
+    def command(folder):
+        return [sys.executable, "-c", code, str(tmp_path / folder)]
+
+    subprocess.run(command("whole"), cwd=ROOT, check=True)
+    killed = tmp_path / "killed"
+    store, total = killed / "cells.jsonl", len(large_depth.cells(SMALLEST, 2))
+    process = subprocess.Popen(command("killed"), cwd=ROOT)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if store.exists() and store.read_bytes().count(b"\n") > 0.4 * total:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "verdicts.json").exists()
+    subprocess.run(command("killed"), cwd=ROOT, check=True)
+    for name in (*(f"{table}.csv" for table in TABLES), "verdicts.json"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
