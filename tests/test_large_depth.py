@@ -19,7 +19,7 @@ import pytest
 from conditioning import theory
 from experiments import large_depth, registry
 from experiments.errors import DataFormatError, ExperimentError
-from experiments.large_depth import Sizes, statements, verdicts
+from experiments.large_depth import Sizes, reference, statements, tables, verdicts
 from experiments.sweep import parts
 
 PRESETS = dict(large_depth.PRESETS)
@@ -58,7 +58,8 @@ TINY = Sizes(
     samples=120,
 )
 TABLES = (
-    "movements", "moments", "norms", "orders", "map", "critical", "regularity", "accuracy"
+    "movements", "moments", "norms", "orders", "map", "critical", "regularity", "accuracy",
+    "comparison",
 )  # fmt: skip
 
 
@@ -119,25 +120,49 @@ def test_tables_and_figures_are_written(decided, options):
         "weights_after_training", "accuracy",
     ):  # fmt: skip
         assert (options.out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    tables = {name: pd.read_csv(options.out / f"{name}.csv") for name in TABLES}
-    assert set(tables["movements"].weights) == {
+    written_tables = {name: pd.read_csv(options.out / f"{name}.csv") for name in TABLES}
+    assert set(written_tables["movements"].weights) == {
         "independent", "smooth, process", "smooth, increments"
     }  # fmt: skip
-    assert (tables["movements"].low <= tables["movements"]["mean"]).all()
-    moments = tables["moments"]
+    assert (written_tables["movements"].low <= written_tables["movements"]["mean"]).all()
+    moments = written_tables["moments"]
     some = moments[(moments.beta == 0.5) & (moments.L == 40) & (moments.of == "output")].iloc[0]
     exact = theory.deviation_second_moment(40, 40**-0.5) ** 0.5
     assert some.exact_root_mean_square == pytest.approx(exact)
     assert some.nets == 6
-    critical = tables["critical"]
+    critical = written_tables["critical"]
     assert critical.H.tolist() == [*TINY.map_hursts] * 2
     row = critical[(critical.block == "res-1") & (critical.H == 0.8)].iloc[0]
     assert row.predicted_compounded == pytest.approx(theory.critical_beta(60, 0.8, "res-1"))
-    assert len(tables["map"]) == 2 * 4 * 7
-    assert len(tables["accuracy"]) == 2 * 3 * 3 * 2
-    assert tables["norms"].nets.tolist() == [60, 60, 800]
+    assert len(written_tables["map"]) == 2 * 4 * 7
+    assert len(written_tables["accuracy"]) == 2 * 3 * 3 * 2
+    assert written_tables["norms"].nets.tolist() == [60, 60, 800]
     written = json.loads((options.out / "verdicts.json").read_text(encoding="utf-8"))
     assert [claim["id"] for claim in written["claims"]] == list(decided)
+
+
+def test_numbers_of_others_stand_beside_those_of_the_same_sizes(decided, options):
+    assert len(pd.read_csv(options.out / "comparison.csv")) == 0  # TINY is of another width
+    movements = [
+        {"weights": "independent", "beta": 0.5, "L": depth, "of": of, "mean": 0.8, "low": 0.7,
+         "high": 0.9}
+        for depth in (120, 130)
+        for of in ("output", "gradient")
+    ]  # fmt: skip
+    critical = [
+        {"block": "res-1", "H": h, "beta": 0.3, "low": 0.2, "high": 0.4} for h in (0.2, 0.3)
+    ]
+    found = tables._comparison(movements, critical, {"sizes": PRESETS["quick"]})
+    assert found.earlier.tolist() == [0.804, 0.207]
+    assert found.L.tolist() == [120, 1000]
+    quick = PRESETS["quick"]
+    for values in (reference.EARLIER, reference.AUTHORS):
+        for (weights, beta), row in values.items():
+            smooth = weights.startswith("smooth")
+            assert beta in (quick.smooth_betas if smooth else quick.iid_betas)
+            assert set(row) <= set(quick.smooth_depths if smooth else quick.depths)
+    for row in reference.CRITICAL.values():
+        assert tuple(row) == quick.map_hursts
 
 
 # ------------------------------------------------------------------------ decisions

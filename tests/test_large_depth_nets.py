@@ -238,6 +238,31 @@ def test_training_lowers_the_loss():
     assert bool((losses[-1] < 0.5 * losses[0]).all())
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nets_run_on_a_gpu_as_on_the_cpu(generator):
+    weights = noise.fractional(0.7, 50, (2, 3, 8, 8), generator) / 8**0.5
+    start, last = noise.normal(1, (3, 8, 2), generator)[0], noise.normal(1, (3, 8), generator)[0]
+    here = propagate(weights[:, 0], weights[:, 1], start, last, [0.1, 1.0])
+    gpu = weights.cuda()
+    there = propagate(gpu[:, 0], gpu[:, 1], start.cuda(), last.cuda(), [0.1, 1.0])
+    assert torch.allclose(here.output, there.output, rtol=1e-10)
+    assert torch.allclose(here.gradient, there.gradient, rtol=1e-10)
+    pixels, labels = (
+        torch.rand(6, 30, generator=generator, dtype=torch.float64),
+        torch.arange(30) % 3,
+    )
+    losses = []
+    for device in ("cpu", "cuda"):
+        net = training.Lanes(*(tensor.to(device) for tensor in lanes(2).tensors))
+        alphas, rates = (ones(2) * value for value in (0.5, 0.02))
+        losses.append(training.train(
+            net, alphas.to(device), rates.to(device), pixels.to(device), labels.to(device),
+            training.Schedule(epochs=3, batch=8), torch.Generator().manual_seed(3),
+        ).cpu())  # fmt: skip
+    assert torch.allclose(*losses, rtol=1e-9)
+
+
 def test_a_schedule_without_epochs_is_an_error():
     with pytest.raises(ExperimentError, match="at least 1"):
         training.Schedule(epochs=0, batch=5)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from conditioning import theory
 from experiments.claims import over_runs
-from experiments.large_depth import frontier
+from experiments.large_depth import frontier, reference
 from experiments.large_depth.verdicts import (
     KEYS,
     by_depth,
@@ -28,9 +28,10 @@ def write(out: Path, measured: Sequence[Pair], context: Mapping[str, Any]) -> No
 
     ``movements.csv`` (independent and smooth weights, by depth), ``moments.csv`` (against exact
     second moments), ``norms.csv`` (the log-normal law), ``orders.csv`` (convergence), ``map.csv``
-    and ``critical.csv`` (over H and beta), ``regularity.csv`` and ``accuracy.csv`` (trained nets).
+    and ``critical.csv`` (over H and beta), ``regularity.csv`` and ``accuracy.csv`` (trained nets),
+    and ``comparison.csv``, which puts what was measured beside numbers of others.
     """
-    tables = {
+    tables: dict[str, Any] = {
         "movements": _movements(measured, context),
         "moments": _moments(measured, context),
         "norms": _norms(measured, context),
@@ -40,8 +41,40 @@ def write(out: Path, measured: Sequence[Pair], context: Mapping[str, Any]) -> No
         "regularity": _regularity(measured),
         "accuracy": _accuracy(measured, context),
     }
+    tables["comparison"] = _comparison(tables["movements"], tables["critical"], context)
     for name, rows in tables.items():
         write_csv(out / f"{name}.csv", pd.DataFrame(rows))
+
+
+_COMPARED = ("quantity", "case", "beta_or_H", "L", "measured", "low", "high", "earlier", "authors")
+
+
+def _comparison(
+    movements: Sequence[Mapping[str, Any]],
+    critical: Sequence[Mapping[str, Any]],
+    context: Mapping[str, Any],
+) -> pd.DataFrame:
+    """Every number of others that has one here beside it; none where sizes differ."""
+    sizes, rows = context["sizes"], []
+    for row in movements:
+        key, depth = (row["weights"], row["beta"]), row["L"]
+        earlier = reference.EARLIER.get(key, {}).get(depth)
+        authors = reference.AUTHORS.get(key, {}).get(depth)
+        known = earlier is not None or authors is not None
+        if row["of"] == "output" and sizes.width == reference.WIDTH and known:
+            rows.append((
+                "mean movement", row["weights"], row["beta"], depth, row["mean"], row["low"],
+                row["high"], earlier, authors,
+            ))  # fmt: skip
+    for row in critical:
+        earlier = reference.CRITICAL[row["block"]].get(row["H"])
+        same = sizes.width == reference.WIDTH and sizes.map_depth == reference.CRITICAL_DEPTH
+        if same and earlier is not None:
+            rows.append((
+                "critical beta", row["block"], row["H"], sizes.map_depth, row["beta"], row["low"],
+                row["high"], earlier, None,
+            ))  # fmt: skip
+    return pd.DataFrame(rows, columns=list(_COMPARED))
 
 
 def _movements(measured: Sequence[Pair], context: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@ r"""Training of many res-1 nets at once: ``h_0 = A x``, ``h + alpha V relu(h)``,
 
 Nets are lanes of stacks of matrices; each lane has a scaling and a learning rate of its own, and
 all see the same batches. Gradients of the mean cross-entropy and Adam's steps are written out: a
-graph for a thousand layers would cost more than the products.
+graph for a thousand layers would cost more than the products. There are no biases.
 """
 
 from __future__ import annotations
