@@ -18,8 +18,10 @@ import pytest
 
 from conditioning import theory
 from experiments import large_depth, registry
+from experiments.data import load
 from experiments.errors import DataFormatError, ExperimentError
 from experiments.large_depth import Sizes, reference, statements, tables, verdicts
+from experiments.large_depth.laboratory import Laboratory
 from experiments.sweep import parts
 
 PRESETS = dict(large_depth.PRESETS)
@@ -440,6 +442,20 @@ def test_other_data_with_test_samples_are_taken(tmp_path, monkeypatch):
     assert found["check.training"].value == "holds"
     assert found["accuracy.corner"].expected == pytest.approx(1 / 3)
     assert found["accuracy.corner"].value == "not decided"  # one seed
+
+
+def test_few_samples_of_a_sorted_file_are_of_all_classes(tmp_path):
+    labels = np.repeat(np.arange(4), 50)
+    np.savez(
+        tmp_path / "sorted.npz", x_train=np.random.default_rng(0).random((200, 3, 3)),
+        y_train=labels, x_test=np.full((200, 3, 3), 0.25), y_test=labels,
+    )  # fmt: skip
+    sizes = dataclasses.replace(TINY, samples=20)
+    pixels, some, test, others = Laboratory(load(str(tmp_path / "sorted.npz")), sizes, "cpu").split
+    assert (pixels.shape, test.shape) == ((9, 20), (9, 20))
+    assert bool((test == 0.25).all())
+    assert some.tolist() == others.tolist() == sorted([0, 1, 2, 3] * 5)
+    assert large_depth.commonest_share(some.tolist()) == 0.25
 
 
 RUN = """

@@ -58,7 +58,7 @@ class Sizes(Preset):
     hursts_together : int
         So many values of H of trained nets make a cell.
     samples : int or None
-        The first so many samples to train on, and to test on; None for all.
+        So many to train on, and to test on, at equal distances; None for all.
     batch : int
     """
 
@@ -158,6 +158,7 @@ PRESETS = {
         train_betas=(0.1, 0.3, 0.5, 0.7, 0.9),
         train_rates=(1e-3, 1e-2, 1e-1),
         hursts_together=5,
+        samples=2000,
     ),
     "paper": Sizes(
         summary="the paper's sizes on MNIST, trained nets of depth 1000 included: a download, some "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from conditioning.theory import branch_scaling
@@ -185,13 +186,16 @@ class Laboratory:
                 "needs samples to train on, others to test on, and two classes or more"
             )
             raise DataFormatError(msg)
-        limit = self.sizes.samples
-        pixels, test = (
-            torch.from_numpy(np.ascontiguousarray(part[:limit].reshape(len(part[:limit]), -1).T))
-            for part in parts[::2]
+        some = [_spread_out(len(part), self.sizes.samples) for part in parts]
+        images, labels, test, test_labels = (
+            part[chosen] for part, chosen in zip(parts, some, strict=True)
         )
-        labels, test_labels = (torch.from_numpy(part[:limit]) for part in parts[1::2])
-        found = (pixels.float(), labels, test.float(), test_labels)
+        found = (
+            torch.from_numpy(np.ascontiguousarray(images.reshape(len(images), -1).T)).float(),
+            torch.from_numpy(labels),
+            torch.from_numpy(np.ascontiguousarray(test.reshape(len(test), -1).T)).float(),
+            torch.from_numpy(test_labels),
+        )
         return tuple(part.to(self.device) for part in found)  # type: ignore[return-value]
 
     def _train(
@@ -274,6 +278,13 @@ def path_exponent(paths: Tensor) -> float:
         return math.nan
     slope = np.polyfit(np.log(LAGS), np.log(squares), 1)[0]
     return float(slope / 2)
+
+
+def _spread_out(available: int, wanted: int | None) -> NDArray[np.int64]:
+    """Indices of so many samples at equal distances: files may be sorted."""
+    if wanted is None or wanted >= available:
+        return np.arange(available)
+    return np.linspace(0, available - 1, wanted).round().astype(np.int64)
 
 
 @functools.lru_cache(maxsize=2)
