@@ -24,9 +24,10 @@ help:  ## Show this list
 reproduce: $(VENV)/.installed-experiments  ## Install, measure, print the verdicts, draw the figures
 	$(BIN)/python -m experiments shortcut_depth $(ARGS)
 	$(BIN)/python -m experiments shortcut_training $(ARGS)
-	$(BIN)/python -m experiments large_depth $(ARGS)
 	$(BIN)/python -m experiments norm_preservation $(ARGS)
 	$(BIN)/python -m experiments procrustes_resnet $(ARGS)
+	$(BIN)/python -m experiments tau_scaling $(ARGS)
+	$(BIN)/python -m experiments large_depth $(ARGS)
 
 bench: $(VENV)/.installed-bench  ## Install other tools too, and measure what tracking and projection cost
 	$(BIN)/python -m benchmarks.gradient_norms --peers $(ARGS)

@@ -37,6 +37,12 @@ _OFFLINE = (
 )
 
 
+# Images and labels to train on, and to test on.
+Parts = tuple[
+    NDArray[np.floating[Any]], NDArray[np.int64], NDArray[np.floating[Any]], NDArray[np.int64]
+]
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Images and labels.
@@ -74,6 +80,25 @@ class Dataset:
             f"Dataset({self.name!r}, {len(self)} samples of {shape}, "
             f"{self.num_classes} classes, {self.fingerprint[:12]})"
         )
+
+    def split(self, test_share: float = 0.2) -> Parts:
+        """Images and labels to train on, and to test on.
+
+        Where the data set defines no test samples, ``test_share`` of it is held out, always the
+        same.
+        """
+        if self.test_images is not None and self.test_labels is not None:
+            return self.images, self.labels, self.test_images, self.test_labels
+        order = np.random.default_rng(0).permutation(len(self))
+        held, kept = np.split(order, [round(test_share * len(self))])
+        return self.images[kept], self.labels[kept], self.images[held], self.labels[held]
+
+
+def spread_out(available: int, wanted: int | None) -> NDArray[np.int64]:
+    """Indices of so many samples at equal distances, all for None: files may be sorted."""
+    if wanted is None or wanted >= available:
+        return np.arange(available)
+    return np.linspace(0, available - 1, wanted).round().astype(np.int64)
 
 
 def check_name(name_or_path: str) -> None:

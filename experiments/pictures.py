@@ -67,18 +67,8 @@ def resized(pictures: Tensor, size: int) -> Tensor:
 def split_pictures(
     dataset: Dataset, test_share: float = 0.2
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels to train on, and to test on; standardised by the former.
-
-    Where the data set defines no test samples, ``test_share`` of it is held out, always the same.
-    """
-    if dataset.test_images is not None and dataset.test_labels is not None:
-        parts = (dataset.images, dataset.labels, dataset.test_images, dataset.test_labels)
-    else:
-        order = np.random.default_rng(0).permutation(len(dataset))
-        held, kept = np.split(order, [round(test_share * len(dataset))])
-        parts = (
-            dataset.images[kept], dataset.labels[kept], dataset.images[held], dataset.labels[held]
-        )  # fmt: skip
+    """The parts of :meth:`experiments.data.Dataset.split`, all standardised by the first."""
+    parts = dataset.split(test_share)
     images, test = (torch.from_numpy(as_pictures(part, dataset.name)) for part in parts[::2])
     both = standardised(torch.cat([images, test]), dims=(0, 2, 3), by=len(images))
     labels, test_labels = (torch.from_numpy(part) for part in parts[1::2])

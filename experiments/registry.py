@@ -31,10 +31,10 @@ from experiments.store import STORE_NAME, CellsInMemory, CellStore, Mode, code_f
 _MODULES: dict[str, str] = {
     "shortcut_depth": "experiments.shortcut_depth",
     "shortcut_training": "experiments.shortcut_training",
-    "large_depth": "experiments.large_depth",
     "norm_preservation": "experiments.norm_preservation",
     "procrustes_resnet": "experiments.procrustes_resnet",
     "tau_scaling": "experiments.tau_scaling",
+    "large_depth": "experiments.large_depth",
 }
 
 

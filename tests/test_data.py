@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import urllib.error
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import data
-from experiments.data import Dataset, load
+from experiments.data import Dataset, load, spread_out
 from experiments.errors import (
     DataFormatError,
     DataUnavailableError,
@@ -316,3 +317,25 @@ def test_whitened_digits_give_the_known_constants():
     assert moments.minimum_loss == pytest.approx(0.276599, rel=1e-5)
     # Centred inputs are uncorrelated with the constant that one-hot rows sum to.
     assert int(torch.linalg.matrix_rank(moments.sigma_yx, rtol=1e-12)) == 9
+
+
+def test_a_fifth_is_held_out_and_always_the_same():
+    digits = load("digits")
+    images, labels, test, test_labels = digits.split()
+    assert len(test) == len(test_labels) == round(0.2 * len(digits))
+    assert len(images) == len(labels) == len(digits) - len(test)
+    rows = np.concatenate([images, test]).reshape(len(digits), -1)
+    original = digits.images.reshape(len(digits), -1)
+    assert np.array_equal(np.sort(rows, axis=0), np.sort(original, axis=0))
+    assert np.array_equal(digits.split()[2], test)
+    own = dataclasses.replace(digits, test_images=images[:3], test_labels=labels[:3])
+    assert own.split()[0] is own.images
+    assert own.split()[3] is own.test_labels
+
+
+@pytest.mark.parametrize(
+    ("available", "wanted", "expected"),
+    [(5, None, [0, 1, 2, 3, 4]), (3, 9, [0, 1, 2]), (9, 3, [0, 4, 8]), (6, 1, [0])],
+)
+def test_samples_at_equal_distances(available, wanted, expected):
+    assert spread_out(available, wanted).tolist() == expected

@@ -197,7 +197,12 @@ def test_a_net_that_diverges_leaves_the_others_alone():
         for tau in (0.1, 40.0, 0.1)
     ]
     x, y = torch.ones(3, 5, 4, dtype=torch.float64), torch.ones(3, 5, 2, dtype=torch.float64)
-    losses = descend(Lanes.of(nets), lambda _, some: (x[some], y[some]), 0.02, 40)
+    lanes = Lanes.of(nets)
+    losses = descend(lanes, lambda _, some: (x[some], y[some]), 0.02, 40)
+    # The caller's weights are those at the end.
+    left = (lanes.outputs(x) - y).square().sum((1, 2)) / 10
+    assert left[0] < 0.9 * losses[0, 0]
+    assert left[0] == left[2] <= losses[-1, 0]
     assert losses[:, [0, 2]].isfinite().all()
     assert torch.equal(losses[:, 0], losses[:, 2])
     assert losses[-1, 1] == math.inf

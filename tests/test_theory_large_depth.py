@@ -10,7 +10,6 @@ from scipy import integrate, stats
 
 from conditioning.errors import InvalidArgumentError
 from conditioning.theory import (
-    branch_scaling,
     critical_beta,
     critical_exponent,
     deviation_second_moment,
@@ -21,6 +20,7 @@ from conditioning.theory import (
     limit_norm_ratio_density,
     norm_second_moment,
     relu_correlation,
+    scaling_factor,
 )
 
 HURSTS = (0.05, 0.3, 0.5, 0.75, 0.97)
@@ -57,7 +57,7 @@ def test_second_moments_are_exact_for_any_symmetric_entries(law):
 
 def test_moments_of_the_paper_file():
     def root(beta):
-        return deviation_second_moment(1000, branch_scaling(1000, beta)) ** 0.5
+        return deviation_second_moment(1000, scaling_factor(1000, beta)) ** 0.5
 
     assert root(0.5) == pytest.approx(0.8054, abs=1e-4)
     assert root(1) == pytest.approx(0.0224, abs=1e-4)
@@ -152,7 +152,7 @@ def test_critical_lines_are_where_the_moment_is_one():
     for hurst, value in first.items():
         assert critical_beta(1000, hurst, compounded=False) == pytest.approx(value, abs=6e-4)
     for depth in (64, 10**6):
-        alpha = branch_scaling(depth, critical_beta(depth, 0.5))
+        alpha = scaling_factor(depth, critical_beta(depth, 0.5))
         # The exact moment for independent layers is 1 as alpha -> 0.
         assert deviation_second_moment(depth, alpha) == pytest.approx(1, abs=alpha**2)
     beta = critical_beta(100, 0.7, "res-1", compounded=False)
@@ -162,8 +162,6 @@ def test_critical_lines_are_where_the_moment_is_one():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: branch_scaling(0, 0.5), "depth"),
-        (lambda: branch_scaling(3, math.nan), "beta"),
         (lambda: norm_second_moment(3, math.inf), "alpha"),
         (lambda: deviation_second_moment(2.5, 0.1), "depth"),
         (lambda: limit_log_norm_law(0), "width"),

@@ -9,7 +9,6 @@ from conditioning.theory.activations import (
 )
 from conditioning.theory.discrete_spectrum import DiscreteSpectrum
 from conditioning.theory.large_depth import (
-    branch_scaling,
     critical_beta,
     critical_exponent,
     deviation_second_moment,
@@ -67,7 +66,6 @@ __all__ = [
     "TheoremAssumptions",
     "activation_at_zero",
     "branch_bound",
-    "branch_scaling",
     "critical_beta",
     "critical_exponent",
     "depth_rate",

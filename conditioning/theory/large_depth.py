@@ -28,33 +28,6 @@ _LARGEST = 709.0
 # ------------------------------------------------------------------- independent weights
 
 
-def branch_scaling(depth: int, beta: float) -> float:
-    r"""Factor :math:`\alpha = L^{-\beta}` of every branch.
-
-    Parameters
-    ----------
-    depth : int
-        ``L``, the number of blocks.
-    beta : float
-        Any real number; 0 is no scaling.
-
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    InvalidArgumentError
-        If ``depth`` is not a positive integer, or ``beta`` is not finite.
-
-    Examples
-    --------
-    >>> branch_scaling(100, 0.5)
-    0.1
-    """
-    return float(positive_int(depth, "depth") ** -finite_float(beta, "beta"))
-
-
 def norm_second_moment(depth: int, alpha: float) -> float:
     r"""Second moment :math:`E |h_L|^2 / |h_0|^2 = (1 + \alpha^2 / 2)^L` for independent weights.
 

@@ -79,7 +79,7 @@ def _independent(
         for place, beta in enumerate(sizes.iid_betas):
             _curve(ax, found, place, f"β = {beta:g}, mean of {sizes.nets} nets and 95 %")
             exact = [
-                theory.deviation_second_moment(depth, theory.branch_scaling(depth, beta)) ** 0.5
+                theory.deviation_second_moment(depth, theory.scaling_factor(depth, beta)) ** 0.5
                 for depth in grid.tolist()
             ]
             ax.plot(grid, exact, "--", color="0.25", linewidth=1, zorder=1)

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from conditioning.theory import branch_scaling
-from experiments.data import Dataset
+from conditioning.theory import scaling_factor
+from experiments.data import Dataset, spread_out
 from experiments.errors import DataFormatError
 from experiments.large_depth import checks, noise, training
 from experiments.large_depth.networks import (
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 Cell = Mapping[str, Any]
 # Size of the inputs of nets that are only initialised.
 PIXELS = 64
-# Of the samples of a data set that defines no test samples.
-_TEST_SHARE = 0.2
 # Distances, in layers, over which the exponent of the increments is taken.
 LAGS = (1, 2, 4)
 # How the layers of a trained net are drawn.
@@ -95,7 +92,7 @@ class Laboratory:
         """res-3 nets with independent uniform entries; those of all scalings share the weights."""
         shape, generator = (2, cell["nets"], self.sizes.width, self.sizes.width), _generator(cell)
         weights = noise.uniform(cell["L"], shape, generator)
-        alphas = [branch_scaling(cell["L"], beta) for beta in self.sizes.iid_betas]
+        alphas = [scaling_factor(cell["L"], beta) for beta in self.sizes.iid_betas]
         return _logs(self._propagate(weights, generator, alphas, draw=noise.uniform))
 
     def smooth(self, cell: Cell) -> dict[str, Any]:
@@ -109,7 +106,7 @@ class Laboratory:
             _generator(drawn_from),
         )
         weights = noise.smooth(_smooth_factor(cell["L"], cell["variant"]), shape, generator)
-        alphas = [branch_scaling(cell["L"], beta) for beta in self.sizes.smooth_betas]
+        alphas = [scaling_factor(cell["L"], beta) for beta in self.sizes.smooth_betas]
         return _logs(self._propagate(weights, generator, alphas))
 
     def law(self, cell: Cell) -> dict[str, Any]:
@@ -117,7 +114,7 @@ class Laboratory:
         depth, width = self.sizes.law_depth, self.sizes.law_width
         generator = _generator(cell)
         weights = noise.uniform(depth, (2, cell["nets"], width, width), generator)
-        alphas = [branch_scaling(depth, 0.5)]
+        alphas = [scaling_factor(depth, 0.5)]
         moved = self._propagate(weights, generator, alphas, draw=noise.uniform)
         return {"output": moved.output_norm[:, 0, 0], "gradient": moved.gradient_norm[:, 0, 0]}
 
@@ -125,7 +122,7 @@ class Laboratory:
         """The same norms as a Markov chain, sorted."""
         width, nets = self.sizes.chain_width, self.sizes.chain_nets
         depth = self.sizes.chain_depth
-        alpha, rng = branch_scaling(depth, 0.5), np.random.default_rng(_seed(cell))
+        alpha, rng = scaling_factor(depth, 0.5), np.random.default_rng(_seed(cell))
         return {"logs": np.sort(norm_chain(depth, width, alpha, nets, rng))}
 
     def map(self, cell: Cell) -> dict[str, Any]:
@@ -134,7 +131,7 @@ class Laboratory:
         matrices = 2 if cell["block"] == "res-3" else 1
         shape = (matrices, cell["nets"], sizes.width, sizes.width)
         weights = noise.fractional(cell["H"], sizes.map_depth, shape, generator)
-        alphas = [branch_scaling(sizes.map_depth, beta) for beta in sizes.map_betas]
+        alphas = [scaling_factor(sizes.map_depth, beta) for beta in sizes.map_betas]
         moved = self._propagate(weights, generator, alphas, sizes.map_inputs)
         return {
             "output": moved.output.mean(2) / math.log(10),
@@ -163,7 +160,7 @@ class Laboratory:
         for depth in (*sizes.order_depths, finest):
             weights = coarser(paths, finest // depth).div(width**0.5).to(self.device)
             inner = weights[:, 1] if shape[0] == 2 else None
-            alpha = branch_scaling(depth, beta)
+            alpha = scaling_factor(depth, beta)
             found[depth] = trajectory(weights[:, 0], inner, start, alpha)
         gaps = [distance(found[depth], found[2 * depth]).cpu() for depth in sizes.order_depths]
         return {"distances": torch.stack(gaps)}
@@ -174,19 +171,14 @@ class Laboratory:
     def split(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pixels ``(pixels, samples)`` and labels to train on, and to test on, float32."""
         data = self.dataset
-        if data.test_images is not None and data.test_labels is not None:
-            parts = (data.images, data.labels, data.test_images, data.test_labels)
-        else:
-            order = np.random.default_rng(0).permutation(len(data))
-            held, kept = np.split(order, [round(_TEST_SHARE * len(data))])
-            parts = (data.images[kept], data.labels[kept], data.images[held], data.labels[held])
+        parts = data.split()
         if min(len(parts[1]), len(parts[3])) < 1 or data.num_classes < 2:
             msg = (
                 f"{data.name} has {len(data)} samples of {data.num_classes} classes: training "
                 "needs samples to train on, others to test on, and two classes or more"
             )
             raise DataFormatError(msg)
-        some = [_spread_out(len(part), self.sizes.samples) for part in parts]
+        some = [spread_out(len(part), self.sizes.samples) for part in parts]
         images, labels, test, test_labels = (
             part[chosen] for part, chosen in zip(parts, some, strict=True)
         )
@@ -225,7 +217,7 @@ class Laboratory:
         else:
             layers = noise.uniform(depth, shape, generator)
         before = layers / sizes.train_width**0.5
-        alphas = torch.full((1,), branch_scaling(depth, cell["beta"]))
+        alphas = torch.full((1,), scaling_factor(depth, cell["beta"]))
         rates = torch.full((1,), sizes.regularity_rate)
         epochs = sizes.regularity_epochs
         weights, alphas, losses = self._train(before.clone(), alphas, rates, epochs, generator)
@@ -252,7 +244,7 @@ class Laboratory:
         layers = torch.stack(
             [noise.fractional(hurst, depth, (width, width), generator) for hurst in cell["H"]], 1
         ).repeat_interleave(len(betas) * len(rates), 1)
-        scales = torch.tensor([branch_scaling(depth, beta) for beta in betas])
+        scales = torch.tensor([scaling_factor(depth, beta) for beta in betas])
         alphas = scales[:, None].expand(shape).flatten()
         lanes = torch.tensor(rates).expand(shape).flatten()
         weights, alphas, losses = self._train(
@@ -278,13 +270,6 @@ def path_exponent(paths: Tensor) -> float:
         return math.nan
     slope = np.polyfit(np.log(LAGS), np.log(squares), 1)[0]
     return float(slope / 2)
-
-
-def _spread_out(available: int, wanted: int | None) -> NDArray[np.int64]:
-    """Indices of so many samples at equal distances: files may be sorted."""
-    if wanted is None or wanted >= available:
-        return np.arange(available)
-    return np.linspace(0, available - 1, wanted).round().astype(np.int64)
 
 
 @functools.lru_cache(maxsize=2)

@@ -108,7 +108,7 @@ def _moments(measured: Sequence[Pair], context: Mapping[str, Any]) -> list[dict[
         found = by_depth(measured, "iid", key)
         for place, beta in enumerate(context["sizes"].iid_betas):
             for depth, ratios in moment_ratios(found, place, beta).items():
-                exact = theory.deviation_second_moment(depth, theory.branch_scaling(depth, beta))
+                exact = theory.deviation_second_moment(depth, theory.scaling_factor(depth, beta))
                 error = ratios.std(ddof=1) / len(ratios) ** 0.5 if len(ratios) > 1 else np.nan
                 rows.append({
                     "of": key, "beta": beta, "L": depth, "nets": len(ratios),

@@ -67,7 +67,7 @@ def moment_ratios(found: ByDepth, place: int, beta: float) -> dict[int, Array]:
     """Squared movements over their exact mean, by depth."""
     return {
         depth: np.exp(2 * logs[:, place])
-        / theory.deviation_second_moment(depth, theory.branch_scaling(depth, beta))
+        / theory.deviation_second_moment(depth, theory.scaling_factor(depth, beta))
         for depth, logs in found.items()
     }
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.data import spread_out
 from experiments.models import ShortcutNet, half_mean_squared_error
 from experiments.models.shortcut_kinds import SHORTCUT_KINDS
 from experiments.moments import Moments, virtual_samples
@@ -49,7 +50,7 @@ class Laboratory:
         few = virtual_samples(moments.inputs, moments.targets)
         # A linear network sees the moments only: these few rows have the same ones.
         self.few = (few[0].to(device), few[1].to(device))
-        chosen = _spread_out(len(moments.inputs), sizes.relu_samples)
+        chosen = torch.from_numpy(spread_out(len(moments.inputs), sizes.relu_samples))
         self.samples = (moments.inputs[chosen], moments.targets[chosen])
         self._kinds: dict[str, Callable[[Cell], dict[str, Any]]] = {
             "check": self.check,
@@ -211,10 +212,3 @@ class Laboratory:
 def learning_rates(first: int, last: int, per_decade: int) -> np.ndarray:
     """Learning rates from 10^first to 10^last, ``per_decade`` of them in each decade."""
     return np.asarray(10.0 ** np.linspace(first, last, (last - first) * per_decade + 1))
-
-
-def _spread_out(available: int, wanted: int | None) -> Tensor:
-    """Indices of so many samples at equal distances: files may be sorted."""
-    if wanted is None or wanted >= available:
-        return torch.arange(available)
-    return torch.linspace(0, available - 1, wanted, dtype=torch.float64).round().long()

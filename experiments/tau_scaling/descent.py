@@ -63,6 +63,11 @@ class Lanes:
             self.head[chosen],
         )  # fmt: skip
 
+    def put(self, places: Tensor, lanes: Lanes) -> None:
+        """Take over the trained weights of nets that came from these positions."""
+        if lanes is not self:
+            self.blocks[:, places], self.last[places] = lanes.blocks, lanes.last
+
     def outputs(self, x: Tensor) -> Tensor:
         """Outputs of shape (N, samples, out_features) for inputs (N or 1, samples, features)."""
         return self._forward(x)[-1] @ self.head.mT
@@ -123,7 +128,7 @@ def descend(
     Parameters
     ----------
     lanes : Lanes
-        Trained in place, as long as all stay finite.
+        Trained in place; a net that diverged is left as it was when that was seen.
     batch : callable
         Takes a step and the positions of nets, and returns inputs and targets for them, of shape
         (nets, samples, ...).
@@ -137,7 +142,7 @@ def descend(
         Of the batches, before each step. A net has diverged when its loss is not finite or a
         million times the first; it is left out from then on.
     """
-    total = len(lanes)
+    total, everything = len(lanes), lanes
     losses = torch.full((num_steps, total), math.inf, dtype=lanes.last.dtype)
     losses = losses.to(lanes.last.device)
     alive = torch.arange(total, device=lanes.last.device)
@@ -149,8 +154,10 @@ def descend(
             good = (good.isfinite() & (good <= _DIVERGED * losses[0, alive])).all(0)
             good &= lanes.last.isfinite().flatten(1).all(1)
             if not bool(good.all()):
+                everything.put(alive, lanes)
                 alive, lanes = alive[good], lanes.some(good)
                 if not len(alive):
                     break
+    everything.put(alive, lanes)
     bad = ~losses.isfinite() | (losses > _DIVERGED * losses[:1])
     return losses.masked_fill(bad.cummax(0).values, math.inf)
