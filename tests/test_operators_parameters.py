@@ -105,3 +105,29 @@ def test_other_devices_are_refused():
     data = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
     with pytest.raises(errors.MixedDevicesError, match="class weights"):
         HessianOperator(nn.Linear(3, 2).cuda(), weighted, data)
+
+
+class Scaled(nn.Module):
+    """A net with a factor that is a parameter without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.factor = small_mlp(), nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.factor * self.net(x)
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GaussNewtonOperator])
+def test_a_parameter_may_have_no_dimension(operator):
+    model, batch = Scaled(), regression()
+    found = operator(model, MSE, batch)
+    dense = found.dense()
+    vector = torch.randn(found.shape[1], dtype=torch.float64)
+    torch.testing.assert_close(found @ vector, dense @ vector)
+    assert found.unflatten(vector)["factor"].shape == ()
+    assert found.unflatten(torch.stack([vector] * 3, dim=1))["factor"].shape == (3,)
+    alone = operator(model, MSE, batch, "factor")
+    # d²/da² of mean (a f - y)² is 2 mean f².
+    expected = 2 * model.net(batch[0]).square().mean()
+    torch.testing.assert_close(alone.dense(), expected.detach().reshape(1, 1))

@@ -60,7 +60,7 @@ class FlatLayout:
         """``(..., n)`` into tensors ``(..., *shape)``, each in its own dtype."""
         lead = flat.shape[:-1]
         return [
-            part.reshape(*lead, *shape).to(dtype)
+            part.reshape((*lead, *shape)).to(dtype)
             for part, shape, dtype in zip(
                 flat.split(self.sizes, dim=-1), self.shapes, self.dtypes, strict=True
             )
@@ -99,7 +99,7 @@ class FlatLayout:
             raise ShapeError(msg)
         tail = vector.shape[1:]
         return {
-            name: part.reshape(*shape, *tail)
+            name: part.reshape((*shape, *tail))
             for name, part, shape in zip(
                 self.names, vector.split(self.sizes, dim=0), self.shapes, strict=True
             )
