@@ -151,9 +151,13 @@ def measure_cells(
     title: str,
     cost: Callable[[Cell], float],
     parallel: Callable[[Cell], bool] | None = None,
+    uses_data: bool = True,
 ) -> list[Pair]:
-    """Run the cells of an experiment with the store of its options; each with its result."""
-    with options.open_store() as store:
+    """Run the cells of an experiment with the store of its options; each with its result.
+
+    Without ``uses_data`` no data set is loaded, and ``--data`` does not count.
+    """
+    with options.open_store(uses_data=uses_data) as store:
         results = run_cells(
             cells, function, store, progress=options.progress, title=title, cost=cost,
             parallel=parallel,

@@ -7,7 +7,9 @@ from conditioning.theory.activations import (
     activation_at_zero,
     main_theorem_assumptions,
 )
-from conditioning.theory.discrete_spectrum import DiscreteSpectrum
+from conditioning.theory.discrete_spectrum import (
+    DiscreteSpectrum,
+)
 from conditioning.theory.large_depth import (
     critical_beta,
     critical_exponent,
@@ -40,6 +42,13 @@ from conditioning.theory.one_shortcut import (
     rotate_cross_moment,
     rotate_targets,
 )
+from conditioning.theory.shortcut_basins import (
+    absorbed_by_optimum,
+    absorbed_by_spurious,
+    conv_loss_reduced,
+    relaxed_alignment,
+    warm_up_limit,
+)
 from conditioning.theory.shortcut_depth import (
     leading_coefficient,
     near_global_minimiser_norm,
@@ -51,6 +60,17 @@ from conditioning.theory.shortcut_depth import (
     stationary_order,
     two_shortcut_spectrum,
     whitened_condition_bound,
+)
+from conditioning.theory.shortcut_importance import (
+    angle_between,
+    conv_best_outputs,
+    conv_gradients,
+    conv_loss,
+    conv_optimum_spectrum,
+    conv_spurious_curvature,
+    conv_spurious_spectrum,
+    conv_spurious_threshold,
+    rectified_overlap,
 )
 from conditioning.theory.tau_scaling import (
     limit_log_growth,
@@ -64,8 +84,19 @@ __all__ = [
     "ActivationAtZero",
     "DiscreteSpectrum",
     "TheoremAssumptions",
+    "absorbed_by_optimum",
+    "absorbed_by_spurious",
     "activation_at_zero",
+    "angle_between",
     "branch_bound",
+    "conv_best_outputs",
+    "conv_gradients",
+    "conv_loss",
+    "conv_loss_reduced",
+    "conv_optimum_spectrum",
+    "conv_spurious_curvature",
+    "conv_spurious_spectrum",
+    "conv_spurious_threshold",
     "critical_beta",
     "critical_exponent",
     "depth_rate",
@@ -94,6 +125,8 @@ __all__ = [
     "one_shortcut_zero_target_condition_number",
     "product_bound",
     "ratio_band",
+    "rectified_overlap",
+    "relaxed_alignment",
     "relu_correlation",
     "relu_gated_moments",
     "relu_limit_spectrum",
@@ -105,5 +138,6 @@ __all__ = [
     "second_moments",
     "stationary_order",
     "two_shortcut_spectrum",
+    "warm_up_limit",
     "whitened_condition_bound",
 ]

@@ -17,6 +17,9 @@ def real_tensor(value: Any, name: str) -> Tensor:
     """Return ``value`` as a detached, finite float64 tensor on its own device."""
     try:
         tensor = torch.as_tensor(value)
+        if not hasattr(value, "dtype") and tensor.is_floating_point():
+            # Python's numbers are float64; torch would take its default dtype.
+            tensor = torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         msg = f"{name} must be a tensor or convert to one, got {type(value).__name__}."
         raise InvalidArgumentError(msg) from error
