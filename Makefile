@@ -28,6 +28,7 @@ reproduce: $(VENV)/.installed-experiments  ## Install, measure, print the verdic
 	$(BIN)/python -m experiments procrustes_resnet $(ARGS)
 	$(BIN)/python -m experiments tau_scaling $(ARGS)
 	$(BIN)/python -m experiments large_depth $(ARGS)
+	$(BIN)/python -m experiments shortcut_importance $(ARGS)
 
 bench: $(VENV)/.installed-bench  ## Install other tools too, and measure what tracking and projection cost
 	$(BIN)/python -m benchmarks.gradient_norms --peers $(ARGS)

@@ -119,6 +119,55 @@ def ratio_of_groups(
     return Measured(value, float(low), float(high), num_runs=count, run=run)
 
 
+def rate_of(
+    successes: int, runs: int, *, undecided: int = 0, confidence: float = 0.95, run: str = ""
+) -> Measured:
+    """Rate of success of independent runs, with the exact interval of Clopper and Pearson.
+
+    Parameters
+    ----------
+    successes, runs : int
+    undecided : int
+        Runs of which it is not known: the lower end takes them as failures, the upper one as
+        successes, and the value is that without them.
+    confidence : float
+        Of the interval, at least.
+    run : str
+        As in :class:`~experiments.claims.Measured`.
+
+    Returns
+    -------
+    Measured
+        NaN without any decided run.
+    """
+    if not 0 <= successes <= successes + undecided <= runs:
+        msg = f"{successes} successes and {undecided} undecided runs among {runs}"
+        raise ValueError(msg)
+    if undecided == runs:
+        return Measured(math.nan, num_runs=runs, run=run)
+    ends = [
+        stats.binomtest(most, runs).proportion_ci(confidence, method="exact")
+        for most in (successes, successes + undecided)
+    ]
+    value = successes / (runs - undecided)
+    return Measured(value, float(ends[0].low), float(ends[1].high), num_runs=runs, run=run)
+
+
+def difference_of_rates(rate: Measured, other: Measured, *, run: str = "") -> Measured:
+    """How far one rate lies above another, of independent runs, each with its interval.
+
+    The distances of the ends to the values are combined by the square root of their squares
+    (Newcombe, Statistics in Medicine 17, 1998, with other intervals of the two).
+    """
+    value = rate.value - other.value
+    (low, high), (other_low, other_high) = rate.enclosure, other.enclosure
+    below = math.hypot(rate.value - low, other_high - other.value)
+    above = math.hypot(high - rate.value, other.value - other_low)
+    return Measured(
+        value, value - below, value + above, num_runs=rate.num_runs + other.num_runs, run=run
+    )
+
+
 def mann_whitney_law(size: int, other: int) -> Array:
     """Probabilities of the Mann-Whitney statistic 0 ... size * other, if two laws are the same.
 

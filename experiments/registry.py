@@ -35,6 +35,7 @@ _MODULES: dict[str, str] = {
     "procrustes_resnet": "experiments.procrustes_resnet",
     "tau_scaling": "experiments.tau_scaling",
     "large_depth": "experiments.large_depth",
+    "shortcut_importance": "experiments.shortcut_importance",
 }
 
 

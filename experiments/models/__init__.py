@@ -10,6 +10,7 @@ from experiments.models.shortcut_net import (
     half_mean_squared_error_from_moments,
 )
 from experiments.models.tau_stack import TauStack
+from experiments.models.two_layer_conv import TwoLayerConv, population_loss, rectified_kernel
 
 __all__ = [
     "ACTIVATIONS",
@@ -19,7 +20,10 @@ __all__ = [
     "ScaledResNet",
     "ShortcutNet",
     "TauStack",
+    "TwoLayerConv",
     "counted_blocks",
     "half_mean_squared_error",
     "half_mean_squared_error_from_moments",
+    "population_loss",
+    "rectified_kernel",
 ]

@@ -80,7 +80,9 @@ class TwoLayerConv(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Answers (..., m) to inputs (..., m, k, p), the leading axes those of the nets or none."""
-        hidden = torch.relu(patches @ self.filters[..., None, :, None])[..., 0]
+        # All patches of a net in one product: a product for each input would be a small one.
+        rows = patches.flatten(-3, -2) @ self.filters[..., None]
+        hidden = torch.relu(rows.unflatten(-2, patches.shape[-3:-1])[..., 0])
         answers: Tensor = hidden @ self.outputs[..., None]
         return answers[..., 0]
 
@@ -102,14 +104,20 @@ class TwoLayerConv(nn.Module):
         teacher_filter, teacher_outputs : Tensor of shape (..., p) and (..., k)
             The filter has norm 1.
         """
-        filters, a, a_star = self.filters, self.outputs, teacher_outputs
-        size = torch.linalg.vector_norm(filters, dim=-1)
-        kernel = rectified_kernel(filters, teacher_filter)
-        squares = size.square() * a.square().sum(-1) + a_star.square().sum(-1)
-        sums = (size * a.sum(-1) - a_star.sum(-1)).square()
-        cross = (kernel - size) * (a * a_star).sum(-1)
-        loss: Tensor = ((math.pi - 1) * squares - 2 * cross + sums) / (4 * math.pi)
-        return loss
+        return population_loss(self.filters, self.outputs, teacher_filter, teacher_outputs)
+
+
+def population_loss(
+    filters: Tensor, outputs: Tensor, teacher_filter: Tensor, teacher_outputs: Tensor
+) -> Tensor:
+    """The same from filters as patches are multiplied with, normalised if the net does it."""
+    size = torch.linalg.vector_norm(filters, dim=-1)
+    squares = size.square() * outputs.square().sum(-1) + teacher_outputs.square().sum(-1)
+    sums = (size * outputs.sum(-1) - teacher_outputs.sum(-1)).square()
+    cross = rectified_kernel(filters, teacher_filter) - size
+    cross = cross * (outputs * teacher_outputs).sum(-1)
+    loss: Tensor = ((math.pi - 1) * squares - 2 * cross + sums) / (4 * math.pi)
+    return loss
 
 
 def rectified_kernel(filters: Tensor, teacher_filter: Tensor) -> Tensor:

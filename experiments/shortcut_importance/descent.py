@@ -161,13 +161,24 @@ class Fates:
         """How many end at the global optimum."""
         return int((self.fate == OPTIMUM).sum())
 
-    def open(self) -> int:
-        """How many are not decided."""
-        return int((self.fate == OPEN).sum())
 
-
-def descend(lanes: Lanes, max_steps: int) -> Fates:
+def descend(
+    lanes: Lanes,
+    max_steps: int,
+    *,
+    first_look: int = _FIRST_LOOK,
+    look_again: float = _LOOK_AGAIN,
+) -> Fates:
     """Run all lanes until each is decided, or for ``max_steps`` steps.
+
+    Parameters
+    ----------
+    lanes : Lanes
+    max_steps : int
+    first_look : int
+        Lanes are looked at after so many steps at least,
+    look_again : float
+        and when the steps have grown by this factor: how exact ``Fates.step`` is.
 
     Returns
     -------
@@ -188,7 +199,7 @@ def descend(lanes: Lanes, max_steps: int) -> Fates:
             lanes, alive = lanes.take((~decided).to(lanes.mean.device)), alive[~decided]
         if not len(alive) or step >= max_steps:
             return Fates(fate, when)
-        target = min(max(step + _FIRST_LOOK, int(step * _LOOK_AGAIN)), max_steps)
+        target = min(max(step + first_look, int(step * look_again)), max_steps)
         target = min([target, *(end for end in ends if step < end)])
         lanes = advance(lanes, step, target - step)
         step = target
@@ -235,6 +246,10 @@ class Nets:
     def alignment(self) -> Tensor:
         """``a^T a*``."""
         return (self.outputs * self.teacher_outputs).sum(-1)
+
+    def to(self, device: torch.device | str) -> Nets:
+        """The same on another device."""
+        return Nets(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def reduce(self, **rates: Tensor) -> Lanes:
         """The same as three numbers each; ``rates`` are the other entries of :class:`Lanes`."""

@@ -1,0 +1,423 @@
+"""Figures of the experiment, with the verdicts in their titles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from conditioning import plots, theory
+from experiments.claims import Verdict
+from experiments.report import Titles
+from experiments.shortcut_importance.critical import RADII
+from experiments.shortcut_importance.descent import OPTIMUM
+from experiments.shortcut_importance.setting import (
+    CNN,
+    COLD,
+    LARGE,
+    PRIOR,
+    SHORT,
+    STRESS,
+    WARM,
+    Method,
+)
+from experiments.shortcut_importance.tables import RECALLED, RECALLED_PATCHES
+from experiments.shortcut_importance.verdicts import edge_of, rates_of, start_names
+from experiments.sweep import Pair, parts
+
+# Colour and marker of a method, the same in every figure.
+_LOOKS: Mapping[Method, tuple[Any, str]] = {
+    WARM: (plots.PALETTE[0], "o"),
+    SHORT: (plots.PALETTE[9], "s"),
+    COLD: (plots.PALETTE[1], "D"),
+    CNN: (plots.PALETTE[3], "v"),
+}
+_SMALLEST = 1e-9
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What every figure needs."""
+
+    out: Path
+    measured: Sequence[Pair]
+    titles: Titles
+
+
+def draw(out: Path, measured: Sequence[Pair], verdicts: Sequence[Verdict]) -> None:
+    """Draw the six figures."""
+    drawing = Drawing(out, measured, Titles(verdicts))
+    with plots.style():
+        _rates(drawing)
+        _landscape(drawing)
+        _trajectories(drawing)
+        _angles(drawing)
+        _hessian(drawing)
+        _starts(drawing)
+
+
+def _patch_axis(ax: Any, patches: Sequence[int]) -> None:
+    ax.set_xscale("log")
+    ax.set_xticks(patches, [str(k) for k in patches])
+    ax.minorticks_off()
+    ax.set_xlabel("number of patches k")
+
+
+# -- success rates ------------------------------------------------------------------------------
+
+
+def _rates(drawing: Drawing) -> None:
+    figure, axes = plots.new_grid(2, len(PRIOR), width=4.6, height=3.9)
+    cells = parts(drawing.measured, "rates")
+    patches = sorted({k for cell, _ in cells for k in cell["patches"]})
+    for row, teachers in zip(axes, (PRIOR, STRESS), strict=True):
+        for ax, teacher in zip(row, teachers, strict=True):
+            # The upper curves first: where all are 1 the warm-up is to be seen on top.
+            for method in (CNN, COLD, SHORT, WARM):
+                rates = rates_of(drawing.measured, teacher, method)
+                if not rates:
+                    continue
+                color, marker = _LOOKS[method]
+                values = np.array([rate.value for rate in rates.values()])
+                ends = np.array([rate.enclosure for rate in rates.values()]).T
+                ax.errorbar(
+                    list(rates), values, yerr=np.abs(ends - values), color=color, marker=marker,
+                    markersize=7 if method is SHORT else 4.5, capsize=2, linewidth=1.3,
+                    markerfacecolor="none" if method is SHORT else color,
+                )  # fmt: skip
+                if method in RECALLED and (teacher is LARGE or teacher in STRESS):
+                    ax.plot(
+                        RECALLED_PATCHES, RECALLED[method], ":", color=color, linewidth=1,
+                        marker=marker, markersize=3, markerfacecolor="w", alpha=0.8,
+                    )  # fmt: skip
+            _patch_axis(ax, patches)
+            ax.set_ylim(0.4, 1.04)
+            angle = "" if teacher in STRESS else ", φ₀ = π/3"
+            share = "" if "r =" in teacher.name else ", 1ᵀa* = |a*|/4"
+            ax.set_title(f"{teacher.name}{share}{angle}", fontsize="medium")
+    for row in axes:
+        row[0].set_ylabel("rate of the global optimum")
+    for method in _LOOKS:
+        color, marker = _LOOKS[method]
+        axes[0][0].plot(
+            [], [], color=color, marker=marker, label=method.name,
+            markerfacecolor="none" if method is SHORT else color,
+        )  # fmt: skip
+    axes[0][0].plot([], [], ":o", color="0.4", markersize=3, markerfacecolor="w",
+                    label="recalled from the paper, whose teacher is not known")  # fmt: skip
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    starts = max((cell["seeds"] for cell, _ in cells), default=0)
+    title = drawing.titles(
+        ("rates.warm-up", "Shortcut and warm-up: every start ends at the global optimum"),
+        ("rates.no-warm-up", "... without a warm-up some do not (|a*|² = 64k)"),
+        ("rates.cnn", "... without a shortcut one half does (1ᵀa* = |a*|/4)"),
+        ("rates.stress", "... warm-up of 10k² steps beyond the prior (lower row)"),
+        ("rates.stress-1000", "... 1000 steps there"),
+    )
+    head = f"{starts:,} starts for each point, 95 % intervals"
+    figure.suptitle(f"{title}\n{head}", x=0.01, ha="left", fontsize="medium")
+    plots.save(figure, drawing.out / "success_rates.png")
+
+
+# -- landscape and trajectories -----------------------------------------------------------------
+
+
+def lowest_loss(angle: torch.Tensor, alignment: torch.Tensor, k: int, mean: float, other: float) -> torch.Tensor:  # fmt: skip
+    """Least loss over ``a`` at an angle and ``a^T a* / |a*|^2``, over ``|a*|^2``.
+
+    With a multiplier ``m`` for the alignment the best parts are ``(k + g - 1 + m) S/(k + pi - 1)``
+    and ``(g - 1 + m) C/(pi - 1)``.
+    """
+    size = mean**2 + other**2
+    slow, fast = math.pi - 1, k + math.pi - 1
+    g = theory.rectified_overlap(angle)
+    relaxed = theory.relaxed_alignment(angle, mean**2 / size, k)
+    m = (alignment - relaxed) * size / (mean**2 / fast + other**2 / slow)
+    s, c = (k + g - 1 + m) * mean / fast, (g - 1 + m) * other / slow
+    return theory.conv_loss_reduced(s, c, angle, k, mean, other) / size
+
+
+def _followed(drawing: Drawing, method: Method) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    ((cell, result),) = parts(
+        drawing.measured, "follow", teacher=LARGE.name, method=method.name
+    )  # fmt: skip
+    return cell, result
+
+
+def _landscape(drawing: Drawing) -> None:
+    methods = (WARM, COLD, CNN)
+    figure, axes = plots.new_axes(len(methods), width=4.7, height=4.5)
+    k = _followed(drawing, WARM)[0]["k"]
+    mean, other = LARGE.parts(k)
+    angles = torch.linspace(0, math.pi, 161, dtype=torch.float64)
+    heights = torch.linspace(-0.7, 1.25, 161, dtype=torch.float64)
+    height, angle = torch.meshgrid(heights, angles, indexing="ij")
+    losses = lowest_loss(angle, height, k, mean, other).numpy()
+    # At pi the best outputs are those of the spurious point.
+    share = LARGE.share(k)
+    bottom = float(theory.relaxed_alignment(math.pi, share, k))
+    levels = np.linspace(0, 0.5, 26)
+    for ax, method in zip(axes, methods, strict=True):
+        shades = ax.contourf(
+            angles / math.pi, heights, losses, levels=levels, cmap="Greys", extend="max", alpha=0.75
+        )
+        ax.contour(angles / math.pi, heights, losses, levels=levels, colors="0.45", linewidths=0.3)
+        ax.grid(visible=False)
+        cell, result = _followed(drawing, method)
+        x = np.asarray(result["angle"], dtype=float) / math.pi
+        y = np.asarray(result["alignment"], dtype=float)
+        for lane in range(x.shape[1]):
+            good = x[-1, lane] < 0.5
+            color = plots.PALETTE[2] if good else plots.PALETTE[3]
+            ax.plot(x[:, lane], y[:, lane], color=color, linewidth=1.3, alpha=0.85)
+            ax.plot(x[0, lane], y[0, lane], "o", color=color, markersize=4, markeredgecolor="w",
+                    zorder=4)  # fmt: skip
+        ax.plot(0, 1, "*", color=plots.PALETTE[2], markersize=16, markeredgecolor="k", zorder=5,
+                clip_on=False)  # fmt: skip
+        ax.plot(1, bottom, "X", color=plots.PALETTE[3], markersize=11, markeredgecolor="k",
+                zorder=5, clip_on=False)  # fmt: skip
+        ax.axhline(0, color="0.15", linewidth=0.9, linestyle="--")
+        ax.axvline(0.5, color="0.15", linewidth=0.9, linestyle=":")
+        ax.set_xlim(0, 1)
+        ax.set_ylim(-0.7, 1.25)
+        ax.set_xlabel("angle between the filters, φ/π")
+        ax.set_title(method.name)
+        if ax is not axes[0]:
+            ax.tick_params(labelleft=False)
+    axes[0].set_ylabel("alignment of the outputs, aᵀa*/|a*|²")
+    figure.colorbar(shades, ax=axes, label="least loss over a, /|a*|²", fraction=0.03)
+    handles = axes[0]
+    for marker, color, label in (
+        ("*", plots.PALETTE[2], "global optimum"), ("X", plots.PALETTE[3], "spurious optimum"),
+        ("o-", plots.PALETTE[2], "start that ends at the first"),
+        ("o-", plots.PALETTE[3], "start that ends at the second"),
+    ):  # fmt: skip
+        handles.plot([], [], marker, color=color, label=label)
+    handles.plot([], [], "--", color="0.15", label="below: the filter turns away")
+    handles.plot([], [], ":", color="0.15", label="right angle")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    title = drawing.titles(
+        ("stage.angle", "With a warm-up the alignment turns positive before the filter moves"),
+        ("rates.no-warm-up", "Without one some starts end at the spurious optimum"),
+    )
+    figure.suptitle(f"{title}\n{LARGE.name}, k = {k}, φ₀ = π/3", x=0.01, ha="left",
+                    fontsize="medium")  # fmt: skip
+    plots.save(figure, drawing.out / "landscape.png")
+
+
+def _trajectories(drawing: Drawing) -> None:
+    methods = (WARM, COLD, CNN)
+    rows = (
+        ("loss", "loss/|a*|²", "log"),
+        ("angle", "angle φ/π", "linear"),
+        ("alignment", "aᵀa*/|a*|²", "linear"),
+        ("outputs_distance", "|a − a*|/|a*|", "log"),
+    )
+    figure, axes = plots.new_grid(len(rows), len(methods), width=4.6, height=2.5)
+    for column, method in enumerate(methods):
+        cell, result = _followed(drawing, method)
+        steps = np.asarray(result["steps"]) + 1
+        ends = np.asarray(result["angle"], dtype=float)[-1]
+        for row, (quantity, label, scale) in zip(axes, rows, strict=True):
+            ax = row[column]
+            values = np.asarray(result[quantity], dtype=float)
+            values = values / math.pi if quantity == "angle" else values
+            values = values.clip(_SMALLEST) if scale == "log" else values
+            for lane in range(values.shape[1]):
+                color = plots.PALETTE[2] if ends[lane] < math.pi / 2 else plots.PALETTE[3]
+                ax.plot(steps, values[:, lane], color=color, linewidth=1.1, alpha=0.8)
+            if result["warm_up"]:
+                ax.axvspan(1, result["warm_up"] + 1, color=plots.PALETTE[0], alpha=0.1)
+            ax.set_xscale("log")
+            ax.set_yscale(scale)
+            if quantity == "angle":
+                ax.set_ylim(-0.03, 1.03)
+            if quantity == "alignment":
+                ax.axhline(0, color="0.3", linewidth=0.8, linestyle="--")
+                ax.set_ylim(-0.75, 1.1)
+            if scale == "log":
+                ax.set_ylim(_SMALLEST / 2, 4)
+            if column == 0:
+                ax.set_ylabel(label)
+            if ax is axes[-1][column]:
+                ax.set_xlabel("step, counted from 1")
+        axes[0][column].set_title(f"{method.name}: {values.shape[1]} starts")
+    for color, label in (
+        (plots.PALETTE[2], "ends at the global optimum"),
+        (plots.PALETTE[3], "ends at the spurious optimum"),
+    ):
+        axes[0][0].plot([], [], color=color, label=label)
+    axes[0][0].fill_between([], [], color=plots.PALETTE[0], alpha=0.2, label="warm-up")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    k = _followed(drawing, WARM)[0]["k"]
+    title = drawing.titles(
+        ("stage.alignment", "The warm-up ends at the best outputs for its angle"),
+        ("stage.angle-rate", "Angles then converge linearly, at the Hessian's rate (|a*| = 1)"),
+    )
+    stable = f"{LARGE.name}, k = {k}: here η|a*|²/2 = {64 * k / k**2 / 2:.3g}"
+    stable += ", the largest that is stable, so angles fall as 1/step" if k == 16 else ""
+    figure.suptitle(f"{title}\n{stable}", x=0.01, ha="left", fontsize="medium")
+    plots.save(figure, drawing.out / "trajectories.png")
+
+
+# -- first angles -------------------------------------------------------------------------------
+
+
+def _angles(drawing: Drawing) -> None:
+    figure, (left, right) = plots.new_axes(2, width=5.6, height=4.4)
+    cells = parts(drawing.measured, "edge")
+    shares = sorted({cell["share"] for cell, _ in cells})
+    markers = dict(zip(sorted({cell["k"] for cell, _ in cells}), "osDv^P*", strict=False))
+    for cell, result in cells:
+        color = plots.PALETTE[shares.index(cell["share"])]
+        marker = markers[cell["k"]]
+        angles = np.asarray(result["angles"], dtype=float) / math.pi
+        won = np.asarray(result["successes"], dtype=float) / result["runs"]
+        left.plot(angles, won, color=color, marker=marker, markersize=4, linewidth=1, alpha=0.85)
+        left.axvline(result["limit"] / math.pi, color=color, linewidth=0.8, linestyle="--")
+        edge = edge_of(result)
+        low, high = edge.enclosure
+        right.errorbar(
+            [cell["share"]], [edge.value], yerr=[[edge.value - low], [high - edge.value]],
+            color=color, marker=marker, capsize=3, linestyle="none", markersize=6, zorder=3,
+        )  # fmt: skip
+    grid = np.geomspace(1e-3, 1, 120)
+    for k in markers:
+        limits = [theory.warm_up_limit(float(r), k) / math.pi for r in grid]
+        right.plot(grid, limits, color="0.35", linewidth=1, zorder=2)
+        place = int(np.searchsorted(limits, 0.9))
+        right.annotate(f"k = {k}", (grid[min(place, 119)], 0.9), fontsize="x-small", rotation=60,
+                       ha="right", va="bottom", color="0.35")  # fmt: skip
+    right.axhspan(0, 1 / 3, color=plots.PALETTE[0], alpha=0.12)
+    left.axvspan(0, 1 / 3, color=plots.PALETTE[0], alpha=0.12, label="prior of the theorem, ≤ π/3")
+    right.set_xscale("log")
+    right.set_ylim(0.25, 1.02)
+    right.set_xlabel("share r = (1ᵀa*)²/(k|a*|²)")
+    right.set_ylabel("largest first angle φ₀/π")
+    left.set_xlabel("first angle φ₀/π")
+    left.set_ylabel("rate of the global optimum, warm-up of 10k² steps")
+    left.set_xlim(left=0.15)
+    for place, share in enumerate(shares):
+        left.plot([], [], color=plots.PALETTE[place], label=f"r = {share:.3g}")
+    for k, marker in markers.items():
+        left.plot([], [], marker, color="0.4", label=f"k = {k}")
+    left.plot([], [], "--", color="0.4", label="predicted: relaxed aᵀa* = 0")
+    left.legend(loc="lower left", fontsize="x-small")
+    left.set_title(drawing.titles(("angle.prior", "every start succeeds below π/2")))
+    right.set_title(drawing.titles(("angle.edge", "measured edge = predicted one")))
+    figure.suptitle("How far the first filter may be from the teacher's: |a*|² = k",
+                    x=0.01, ha="left")  # fmt: skip
+    plots.save(figure, drawing.out / "first_angle.png")
+
+
+# -- the spurious point -------------------------------------------------------------------------
+
+
+def _hessian(drawing: Drawing) -> None:
+    figure, (left, right) = plots.new_axes(2, width=5.6, height=4.6)
+    cells = parts(drawing.measured, "critical")
+    patches = sorted({cell["k"] for cell, _ in cells})
+    # In these units the prediction is the same for every k.
+    ratios = np.linspace(0, max(cell["ratio"] for cell, _ in cells) * 1.05, 200)
+    alignment = (ratios - 1) / (math.pi - 1)
+    left.plot(ratios, np.where(alignment < 0, -alignment / 2, -alignment) / math.pi, color="0.4",
+              linewidth=4, alpha=0.4, label="predicted")  # fmt: skip
+    for cell, result in cells:
+        place = patches.index(cell["k"])
+        color, marker = plots.PALETTE[place % 10], "osDv^P*X"[place % 8]
+        first = cell["ratio"] == min(c["ratio"] for c, _ in cells)
+        left.plot(
+            cell["ratio"], result["beside"], marker, color=color, markersize=9 - place * 0.9,
+            markerfacecolor="none", label=f"k = {cell['k']}" if first else None,
+        )  # fmt: skip
+    left.axhline(0, color="0.2", linewidth=0.8)
+    left.axvline(1, color="0.2", linewidth=0.8, linestyle="--")
+    left.set_xlabel("(1ᵀa*)²/|a*|², over 1 + (k − 1)/π")
+    left.set_ylabel("smallest Hessian eigenvalue at π − ε, over ε|a*|²")
+    left.legend(fontsize="x-small", ncols=2, loc="lower left")
+    left.set_title(
+        drawing.titles(
+            ("critical.sign", "changes its sign at the threshold"),
+            ("critical.spurious", "at the point itself: p zeros on either side"),
+        )
+    )
+    shown = [(c, r) for c, r in cells if c["k"] == patches[0]]
+    colors = plots.sns.color_palette("vlag", len(shown)) if shown else []
+    radii = np.asarray(RADII)
+    for (cell, result), color in zip(shown, colors, strict=True):
+        change = np.asarray(result["around"]["best"], dtype=float)
+        expected = abs(result["alignment"]) / (6 * math.pi) * radii**3
+        falls = change[-1] < 0
+        shade = tuple(0.8 * part for part in color)
+        right.plot(radii, expected, color=shade, linewidth=1, linestyle="--" if falls else "-")
+        right.plot(
+            radii, np.abs(change), "v" if falls else "^", color=shade, markersize=6,
+            label=f"{cell['ratio']:g} of the threshold: {'falls' if falls else 'rises'}",
+        )  # fmt: skip
+    right.plot([], [], color="0.4", label="predicted: |a_spᵀa*| ε³/6π")
+    right.set_xscale("log")
+    right.set_yscale("log")
+    right.set_xlabel("angle ε between the filter and −v*")
+    right.set_ylabel("|change of the loss| for the best outputs")
+    right.legend(fontsize="x-small")
+    right.set_title(
+        drawing.titles(
+            ("critical.minimum", f"k = {patches[0]}: below the threshold a minimum"),
+            ("critical.saddle", "above it a saddle"),
+        )
+    )
+    figure.suptitle("The spurious critical point (−v*, a_sp), |a*| = 1", x=0.01, ha="left")
+    plots.save(figure, drawing.out / "spurious_point.png")
+
+
+# -- starts -------------------------------------------------------------------------------------
+
+
+def _starts(drawing: Drawing) -> None:
+    figure, (left, right) = plots.new_axes(2, width=6.6, height=5.2)
+    names: list[str] = []
+    for method, shift in ((COLD, -0.2), (SHORT, 0.0), (WARM, 0.2)):
+        for cell, result in parts(drawing.measured, "starts", method=method.name):
+            names = start_names(cell)
+            color, marker = _LOOKS[method]
+            share = np.asarray(result["successes"], dtype=float) / result["starts"]
+            won = np.asarray(result["adversarial"]) == OPTIMUM
+            places = np.arange(len(names)) + shift
+            left.vlines(places, 0.4, share, color=color, linewidth=1.2, alpha=0.5)
+            for chosen, face in ((won, color), (~won, "none")):
+                left.plot(places[chosen], share[chosen], marker, color=color, markersize=5.5,
+                          markerfacecolor=face, linestyle="none")  # fmt: skip
+            left.plot([], [], marker, color=color, label=method.name)
+    left.plot([], [], "o", color="0.3", markerfacecolor="none", label="adversarial start is lost")
+    left.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
+    left.set_ylim(0.4, 1.02)
+    left.set_ylabel("share of starts in the ball that end at the global optimum")
+    left.legend(fontsize="x-small", loc="lower left")
+    left.set_title(
+        drawing.titles(
+            ("starts.adversarial", "warm-up of 10k² steps: every adversarial start succeeds"),
+            ("starts.ball", "... and every other one"),
+            ("starts.short", "1000 steps are not enough for all"),
+        )
+    )
+    for place, (cell, result) in enumerate(parts(drawing.measured, "time")):
+        patches, steps = np.asarray(cell["patches"]), np.asarray(result["steps"], dtype=float)
+        right.plot(patches, steps, "osD^v"[place % 5] + "-", color=plots.PALETTE[place],
+                   label=f"r = {cell['share']:g}")  # fmt: skip
+    known = np.asarray(
+        sorted({k for c, _ in parts(drawing.measured, "time") for k in c["patches"]})
+    )
+    right.plot(known, known**2.0, "--", color="0.4", label="k²")
+    right.plot(known, 10 * known**2.0, ":", color="0.4", label="10k², the warm-up")
+    right.axhline(1000, color=_LOOKS[SHORT][0], linewidth=0.9, label="1000 steps")
+    _patch_axis(right, known.tolist())
+    right.set_yscale("log")
+    right.set_ylabel("steps until an adversarial start is safe")
+    right.legend(fontsize="x-small")
+    right.set_title(drawing.titles(("starts.time", "|a*|² = k: no faster than k²")))
+    plots.save(figure, drawing.out / "starts.png")

@@ -1,0 +1,367 @@
+"""From measured cells to one verdict for each claim."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from experiments.claims import (
+    Measured,
+    Verdict,
+    decide,
+    decide_all,
+    decide_every,
+    over_runs,
+)
+from experiments.readings import difference_of_rates, enclosed, power_law, rate_of
+from experiments.shortcut_importance.critical import RADII
+from experiments.shortcut_importance.descent import OPEN, OPTIMUM
+from experiments.shortcut_importance.setting import (
+    CNN,
+    COLD,
+    LARGE,
+    LARGE_SUM,
+    PRIOR,
+    SHORT,
+    STRESS,
+    UNIT,
+    WARM,
+    Method,
+    Teacher,
+)
+from experiments.shortcut_importance.statements import BY_ID, CLAIMS
+from experiments.sweep import Cell, Pair, name, parts
+
+
+def decide_claims(measured: Sequence[Pair]) -> list[Verdict]:
+    """Decide every claim, in their order."""
+    found = [
+        *_checks(measured),
+        *_critical(measured),
+        *_rates(measured),
+        *_starts(measured),
+        *_angles(measured),
+        *_stages(measured),
+        *_plain(measured),
+        *_samples(measured),
+    ]
+    by_id = {verdict.claim.id: verdict for verdict in found}
+    return [by_id[claim.id] for claim in CLAIMS]
+
+
+def _checks(measured: Sequence[Pair]) -> list[Verdict]:
+    points = parts(measured, "gradients")
+    samples = [
+        enclosed(of, run=f"{quantity}, {name(cell)}")
+        for cell, result in parts(measured, "monte-carlo")
+        for quantity, of in result.items()
+    ]
+    fates = parts(measured, "fates")
+    arrived = Measured(math.nan)
+    if fates:
+        runs, same, left = (sum(r[key] for _, r in fates) for key in ("runs", "same", "open"))
+        arrived = Measured(same / runs, same / runs, (same + left) / runs, num_runs=runs)
+    optimum = sum(r["optimum"] for _, r in fates)
+    return [
+        *(
+            decide_every(BY_ID[f"check.{key}"], [Measured(r[key], run=name(c)) for c, r in points])
+            for key in ("gradients", "hessians")
+        ),
+        decide_every(BY_ID["check.monte-carlo"], samples),
+        decide_every(
+            BY_ID["check.reduction"],
+            [
+                Measured(max(r["angle"], r["outputs"]), num_runs=c["seeds"], run=name(c))
+                for c, r in parts(measured, "reduction")
+            ],
+        ),
+        decide(BY_ID["check.fates"], arrived, note=f"{optimum} of them at the optimum"),
+    ]
+
+
+# -- critical points ----------------------------------------------------------------------------
+
+
+def _critical(measured: Sequence[Pair]) -> list[Verdict]:
+    cells = parts(measured, "critical")
+    names = [f"k={cell['k']}, {cell['ratio']:g} of the threshold" for cell, _ in cells]
+    results = [result for _, result in cells]
+
+    def every(claim: str, values: Iterable[tuple[float, str]]) -> Verdict:
+        return decide_every(BY_ID[claim], [Measured(value, run=run) for value, run in values])
+
+    minima, saddles = {}, {}
+    for (cell, result), run in zip(cells, names, strict=True):
+        around = result["around"]
+        lowest = min(around["least"], *around["best"])
+        if cell["ratio"] < 1:
+            minima[run] = lowest > 0
+        else:
+            # The positive part of the spectrum is the way up.
+            saddles[run] = min(around["best"]) < 0 < max(result["spurious"]["spectrum"])
+    points = [(max(r["optimum"]["gradient"], r["spurious"]["gradient"]), n)
+              for r, n in zip(results, names, strict=True)]  # fmt: skip
+    cubic = [
+        (change / (-r["alignment"] / (6 * math.pi)), f"{n}, ε={radius:g}")
+        for r, n in zip(results, names, strict=True)
+        for change, radius in zip(r["around"]["cubic"], RADII, strict=True)
+    ]
+    curvature = [
+        (r["beside"] / r["beside_expected"], n) for r, n in zip(results, names, strict=True)
+    ]
+    roots = [(r["ratio"], name(c)) for c, r in parts(measured, "crossing")]
+    return [
+        every("critical.points", points),
+        *(
+            every(f"critical.{point}", ((r[point]["distance"], n)
+                                        for r, n in zip(results, names, strict=True)))
+            for point in ("optimum", "spurious")
+        ),
+        every("critical.third-order", cubic),
+        decide_all(BY_ID["critical.minimum"], minima),
+        decide_all(BY_ID["critical.saddle"], saddles),
+        every("critical.sign", roots),
+        every("critical.curvature", curvature),
+    ]  # fmt: skip
+
+
+# -- success rates ------------------------------------------------------------------------------
+
+
+def rates_of(measured: Sequence[Pair], teacher: Teacher, method: Method) -> dict[int, Measured]:
+    """Rates of success by the number of patches."""
+    found = {}
+    for cell, result in parts(measured, "rates", teacher=teacher.name, method=method.name):
+        for k, won, left in zip(cell["patches"], result["successes"], result["open"], strict=True):
+            run = f"{teacher.name}, k={k}"
+            found[k] = rate_of(won, result["runs"], undecided=left, run=run)
+    return found
+
+
+def _shown(rates: Mapping[int, Measured]) -> str:
+    return ", ".join(f"{rate.value:.4g}" for rate in rates.values())
+
+
+def _rises(rates: Mapping[int, Measured], *, ends: bool = False) -> list[Measured]:
+    """Differences from each k to the next, or of the last to the first."""
+    ks = sorted(rates)
+    steps = [(ks[0], ks[-1])] if ends and len(ks) > 1 else list(itertools.pairwise(ks))
+    return [
+        difference_of_rates(rates[k], rates[before], run=f"{rates[k].run} against {before}")
+        for before, k in steps
+    ]
+
+
+def _rates(measured: Sequence[Pair]) -> list[Verdict]:
+    def every(claim: str, teachers: Sequence[Teacher], method: Method) -> Verdict:
+        found = {teacher: rates_of(measured, teacher, method) for teacher in teachers}
+        note = "; ".join(
+            f"{teacher.name}: {_shown(rates)}"
+            for teacher, rates in found.items()
+            if any(rate.value < 1 for rate in rates.values())
+        )
+        values = [rate for rates in found.values() for rate in rates.values()]
+        return decide_every(BY_ID[claim], values, note=note)
+
+    cold = rates_of(measured, LARGE, COLD)
+    with_sum, without = (rates_of(measured, teacher, CNN) for teacher in (LARGE_SUM, LARGE))
+    above = [
+        difference_of_rates(with_sum[k], without[k], run=f"k={k}, r = 0.2 against 1/(16k)")
+        for k in with_sum
+        if k in without
+    ]
+    stress = {teacher: rates_of(measured, teacher, COLD) for teacher in STRESS}
+    rising = decide_every(BY_ID["rates.rising"], _rises(cold), note=_shown(cold))
+    return [
+        every("rates.warm-up", PRIOR, WARM),
+        every("rates.warm-up-1000", PRIOR, SHORT),
+        every("rates.no-warm-up", [LARGE], COLD),
+        # Neighbours share the starts of one k.
+        replace(rising, num_runs=sum(rate.num_runs for rate in cold.values())),
+        every("rates.unit", [UNIT], COLD),
+        every("rates.cnn", [UNIT, LARGE], CNN),
+        decide_every(
+            BY_ID["rates.cnn-sum"], [*above, *_rises(with_sum, ends=True)], note=_shown(with_sum)
+        ),
+        every("rates.stress", STRESS, WARM),
+        every("rates.stress-1000", STRESS, SHORT),
+        decide_every(
+            BY_ID["rates.stress-rising"],
+            [rise for rates in stress.values() for rise in _rises(rates, ends=True)],
+            note="; ".join(f"{teacher.name}: {_shown(rates)}" for teacher, rates in stress.items()),
+        ),
+    ]
+
+
+# -- starts, angles -----------------------------------------------------------------------------
+
+
+def all_won(won: int, left: int, runs: int) -> bool | None:
+    """Whether all runs succeeded; None if some are not decided and none failed."""
+    if won == runs:
+        return True
+    return None if won + left == runs else False
+
+
+def start_names(cell: Cell) -> list[str]:
+    """The teachers of a cell of starts, in their order."""
+    return [
+        f"|a*|²={size:g}k r={share:g} k={k}"
+        for size in cell["sizes"]
+        for share in cell["shares"]
+        for k in cell["patches"]
+    ]
+
+
+def _starts(measured: Sequence[Pair]) -> list[Verdict]:
+    def adversarial(method: Method) -> dict[str, bool | None]:
+        return {
+            run: None if fate == OPEN else fate == OPTIMUM
+            for cell, result in parts(measured, "starts", method=method.name)
+            for run, fate in zip(start_names(cell), result["adversarial"], strict=True)
+        }
+
+    ball: dict[str, bool | None] = {}
+    lost = {}
+    for method in (WARM, SHORT, COLD):
+        for cell, result in parts(measured, "starts", method=method.name):
+            total = result["starts"] * len(result["successes"])
+            lost[method] = f"{total - sum(result['successes'])} of {total} in the ball"
+            if method is WARM:
+                ball |= {
+                    run: all_won(won, left, result["starts"])
+                    for run, won, left in zip(
+                        start_names(cell), result["successes"], result["open"], strict=True
+                    )
+                }
+    counts = [result["starts"] for _, result in parts(measured, "starts", method=WARM.name)]
+    times = []
+    for cell, result in parts(measured, "time"):
+        reached = all(fate == OPTIMUM for fate in result["fates"])
+        curve = dict(zip(cell["patches"], result["steps"], strict=True)) if reached else {}
+        times.append(power_law(curve, label=f"r={cell['share']:g}"))
+    return [
+        decide_all(BY_ID["starts.adversarial"], adversarial(WARM)),
+        decide_all(BY_ID["starts.ball"], ball, num_runs=counts[0] if counts else 1),
+        decide_all(
+            BY_ID["starts.short"], adversarial(SHORT), note=f"lost: {lost.get(SHORT, 'none')}"
+        ),
+        decide_all(BY_ID["starts.cold"], adversarial(COLD), note=f"lost: {lost.get(COLD, 'none')}"),
+        decide_every(BY_ID["starts.time"], times),
+    ]
+
+
+def edge_of(result: Mapping[str, Any]) -> Measured:
+    """Where starts begin to fail, in angles over pi: between two angles that were tried.
+
+    Not known where all succeed, or where some fail at the smallest angle.
+    """
+    angles, won = result["angles"], result["successes"]
+    sure = [count == result["runs"] for count in won]
+    first = sure.index(False) if False in sure else len(sure)
+    if first in (0, len(sure)) or any(sure[first:]):
+        return Measured(math.nan)
+    low, high = angles[first - 1] / math.pi, angles[first] / math.pi
+    return Measured((low + high) / 2, low, high)
+
+
+def _angles(measured: Sequence[Pair]) -> list[Verdict]:
+    edges, below = [], {}
+    for cell, result in parts(measured, "edge"):
+        run = f"r={cell['share']:.3g} k={cell['k']}"
+        edge, limit = edge_of(result), result["limit"] / math.pi
+        low, high = edge.enclosure
+        edges.append(
+            Measured(edge.value - limit, low - limit, high - limit, num_runs=result["runs"],
+                     run=f"{run}, predicted {limit:.4f}π")
+        )  # fmt: skip
+        for angle, won, left in zip(
+            result["angles"], result["successes"], result["open"], strict=True
+        ):
+            if angle < math.pi / 2:
+                below[f"{run}, {angle / math.pi:.3f}π"] = all_won(won, left, result["runs"])
+    runs = max((cell["seeds"] for cell, _ in parts(measured, "edge")), default=1)
+    largest = max((float(run.split(", ")[1][:-1]) for run in below), default=math.nan)
+    return [
+        decide_every(BY_ID["angle.edge"], edges),
+        decide_all(BY_ID["angle.prior"], below, num_runs=runs, note=f"angles up to {largest:.3f}π"),
+    ]
+
+
+def _stages(measured: Sequence[Pair]) -> list[Verdict]:
+    warm = parts(measured, "follow", method=WARM.name)
+    angles, ratios, angle_rates, outputs_rates = [], [], [], []
+    for cell, result in warm:
+        run = f"{cell['teacher']}, k={cell['k']}"
+        angles.append(
+            Measured(max(result["largest_angle"]) / math.pi, num_runs=cell["seeds"], run=run)
+        )
+        shares = [
+            one / other
+            for one, other in zip(result["warm_alignment"], result["warm_expected"], strict=True)
+        ]
+        middle = sorted(shares)[len(shares) // 2]
+        ratios.append(Measured(middle, min(shares), max(shares), num_runs=len(shares), run=run))
+        if cell["teacher"] == UNIT.name:
+            angle_rates.append(over_runs(result["angle_rate"], run=run))
+            outputs_rates.append(over_runs(result["outputs_rate"], run=run))
+    least = min((min(result["warm_alignment"]) for _, result in warm), default=math.nan)
+    return [
+        decide_every(BY_ID["stage.angle"], angles),
+        decide_every(
+            BY_ID["stage.alignment"], ratios, note=f"smallest aᵀa*/|a*|² there: {least:.3g}"
+        ),
+        decide_every(BY_ID["stage.angle-rate"], angle_rates),
+        decide_every(BY_ID["stage.outputs-rate"], outputs_rates),
+    ]
+
+
+# -- without normalisation, on samples ----------------------------------------------------------
+
+
+def _plain(measured: Sequence[Pair]) -> list[Verdict]:
+    rates = {
+        (cell["squared_norm"], cell["method"]): rate_of(
+            result["successes"], result["runs"], undecided=result["open"],
+            run=f"|a*|²={cell['squared_norm']:g}",
+        )
+        for cell, result in parts(measured, "plain")
+    }  # fmt: skip
+    sizes = sorted({size for size, _ in rates})
+    with_shortcut = [rates[size, COLD.name] for size in sizes]
+    shown = "; ".join(
+        f"|a*|²={size:g}: {rates[size, COLD.name].value:.3g} with and "
+        f"{rates[size, CNN.name].value:.3g} without shortcut"
+        for size in sizes
+    )
+    better = [
+        difference_of_rates(rates[size, COLD.name], rates[size, CNN.name], run=f"|a*|²={size:g}")
+        for size in sizes
+    ]
+    return [
+        decide_every(BY_ID["plain.unit"], with_shortcut[:1]),
+        decide_every(BY_ID["plain.better"], better, note=shown),
+        decide_every(BY_ID["plain.large"], with_shortcut[-1:]),
+    ]
+
+
+def _samples(measured: Sequence[Pair]) -> list[Verdict]:
+    found = []
+    for claim, method in (("samples.shortcut", WARM), ("samples.cnn", CNN)):
+        results = [result for _, result in parts(measured, "samples", method=method.name)]
+        won, left, runs = (
+            sum(result[key] for result in results) for key in ("successes", "open", "runs")
+        )
+        rate = rate_of(won, runs, undecided=left) if runs else Measured(math.nan)
+        stuck = [
+            loss
+            for result in results
+            for loss, angle in zip(result["loss"], result["angle"], strict=True)
+            if angle > math.pi / 2
+        ]
+        note = f"losses of the others {min(stuck):.3g} ... {max(stuck):.3g}" if stuck else ""
+        found.append(decide(BY_ID[claim], rate, note=note))
+    return found
