@@ -61,10 +61,10 @@ def _doubling(depth: int) -> bool:
     return depth & (depth - 1) == 0
 
 
-def power_law(curve: Curve, label: str = "") -> Measured:
-    """Exponent p in value ~ L^p, with the 95 % interval of the fit."""
+def power_law(curve: Curve, label: str = "", symbol: str = "L") -> Measured:
+    """Exponent p in value ~ L^p, with the 95 % interval of the fit; ``symbol`` is what L is."""
     pairs = sorted(curve.items())
-    depths = f"L = {pairs[0][0]} ... {pairs[-1][0]}" if pairs else ""
+    depths = f"{symbol} = {pairs[0][0]} ... {pairs[-1][0]}" if pairs else ""
     return _power_law(pairs, ", ".join(text for text in (label, depths) if text))
 
 

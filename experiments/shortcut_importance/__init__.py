@@ -16,6 +16,7 @@ from experiments.shortcut_importance.setting import (
     CNN,
     COLD,
     LARGE,
+    LARGE_SUM,
     PRIOR,
     SHORT,
     STRESS,
@@ -114,28 +115,28 @@ PRESETS = {
         seeds=10_000,
         filter_size=8,
         patches=(16, 25, 36, 49, 64, 81, 100),
-        max_steps=50_000,
-        ratios=(0.25, 0.5, 0.75, 0.9, 1.1, 1.5, 2.0),
+        max_steps=30_000,
+        ratios=(0.2, 0.5, 0.8, 0.95, 1.1, 1.4, 2.0),
         monte_carlo_samples=400_000,
         vectors=60,
-        vector_steps=4000,
+        vector_steps=2000,
         arrival=25,
         start_sizes=(1 / 16, 1.0, 16.0, 64.0),
         start_shares=(0.01, 0.1, 0.3),
         start_patches=(16, 64),
         start_points=21,
         edge_shares=(1 / 256, 0.05, 0.2),
-        edge_patches=(16, 36, 64),
+        edge_patches=(16, 25, 36),
         edge_offsets=_OFFSETS,
         edge_seeds=100,
         rate_patches=(16, 25),
         followed=200,
         plain_seeds=200,
-        plain_steps=6000,
+        plain_steps=9000,
         sample_seeds=20,
         sample_group=5,
         samples=1000,
-        sample_steps=600,
+        sample_steps=400,
     ),
     "paper": Sizes(
         summary="100,000 starts for each rate, 100 trainings on 3000 samples each; about a "
@@ -147,7 +148,7 @@ PRESETS = {
         ratios=(0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.01, 1.1, 1.25, 1.5, 2.0, 2.5),
         monte_carlo_samples=8_000_000,
         vectors=200,
-        vector_steps=4000,
+        vector_steps=2000,
         arrival=25,
         start_sizes=(1 / 16, 1.0, 16.0, 64.0),
         start_shares=(0.01, 0.1, 0.3),
@@ -160,13 +161,15 @@ PRESETS = {
         rate_patches=(16, 25, 36, 64),
         followed=1000,
         plain_seeds=1000,
-        plain_steps=6000,
+        plain_steps=9000,
         sample_seeds=100,
         sample_group=5,
         samples=3000,
         sample_steps=600,
     ),
 }
+# So many starts of a rate make a cell: what a killed run may lose.
+TOGETHER = 10_000
 # Descents that are shown step by step.
 SHOWN = 12
 
@@ -214,18 +217,18 @@ def cells(sizes: Sizes, seeds: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
     found += [
         {"part": "follow", "teacher": teacher.name, "method": method.name, "k": k,
-         "seeds": min(sizes.followed, seeds), "shown": SHOWN}
-        for teacher, method, k in (
-            *((LARGE, method, first) for method in (WARM, COLD, CNN)),
-            *((UNIT, WARM, k) for k in sizes.rate_patches),
+         "seeds": min(sizes.followed, seeds), "shown": SHOWN, "length": length}
+        for teacher, method, k, length in (
+            *((t, method, first, 20) for t in (LARGE, LARGE_SUM) for method in (WARM, COLD, CNN)),
+            # Long enough for the rates of convergence.
+            *((UNIT, WARM, k, 40) for k in sizes.rate_patches),
         )
     ]  # fmt: skip
-    found += [
-        {"part": "plain", "method": method.name, "k": first, "squared_norm": size,
-         "seeds": min(sizes.plain_seeds, seeds), "steps": sizes.plain_steps}
-        for size in (1, first**2, 64 * first)
-        for method in (COLD, CNN)
-    ]  # fmt: skip
+    found.append(
+        {"part": "plain", "methods": [COLD.name, CNN.name], "k": first,
+         "squared_norms": [1, first**2, 64 * first], "seeds": min(sizes.plain_seeds, seeds),
+         "steps": sizes.plain_steps}
+    )  # fmt: skip
     found += [
         {"part": "starts", "method": method.name, "sizes": list(sizes.start_sizes),
          "shares": list(sizes.start_shares), "patches": list(sizes.start_patches),
@@ -242,9 +245,10 @@ def cells(sizes: Sizes, seeds: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
     found += [
         {"part": "rates", "teacher": teacher.name, "method": method.name, "patches": patches,
-         "seeds": seeds}
+         "first": start, "seeds": min(TOGETHER, seeds - start)}
         for teacher in (*PRIOR, *STRESS)
         for method in (WARM, SHORT, COLD, CNN)
+        for start in range(0, seeds, TOGETHER)
         # Without a shortcut there is no first angle.
         if not (teacher in STRESS and method is CNN)
     ]  # fmt: skip
@@ -258,7 +262,7 @@ def _cost(cell: Mapping[str, Any], sizes: Sizes) -> float:
         share = {WARM.name: 0.5, SHORT.name: 1.0, COLD.name: 2.0, CNN.name: 5.0}[cell["method"]]
         return share * float(cell["seeds"]) / 1e4
     if part == "samples":
-        return 4e-8 * float(cell["seeds"]) * cell["samples"] * cell["steps"] * cell["k"]
+        return 2e-8 * float(cell["seeds"] * cell["samples"] * cell["steps"] * cell["k"])
     if part in ("plain", "fates", "reduction"):
         return 1e-4 * float(cell["steps"])
     if part == "monte-carlo":

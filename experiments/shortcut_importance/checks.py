@@ -105,12 +105,14 @@ def _hessians(u: Tensor, a: Tensor, v_star: Tensor, a_star: Tensor, normalised: 
 def monte_carlo(cell: Cell, device: str) -> dict[str, Any]:
     """Loss and gradients of the net on samples against the closed forms: largest distances.
 
-    ``|a| = |a*| = 1``, so that absolute distances can be read. The spread is that of means of
-    batches.
+    ``|a| = |a*| = 1`` and ``|u|`` about 1, so that absolute distances can be read. The spread is
+    that of means of batches.
     """
     p, k, normalised = cell["p"], cell["k"], cell["normalised"]
     source = generator(**cell)
-    u, v_star = normals(source, _SAMPLED, p).to(device), on_sphere(source, _SAMPLED, p).to(device)
+    u, v_star = (on_sphere(source, _SAMPLED, p).to(device) for _ in range(2))
+    # Norms from 0.5 to 1.5: without normalisation they count.
+    u *= torch.linspace(0.5, 1.5, _SAMPLED, dtype=u.dtype, device=device)[:, None]
     a, a_star = (on_sphere(source, _SAMPLED, k).to(device) for _ in range(2))
     net = TwoLayerConv(u - 1 / math.sqrt(p), a, shortcut=True, normalised=normalised)
     teacher = TwoLayerConv(v_star, a_star, shortcut=False)

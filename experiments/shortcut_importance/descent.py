@@ -237,6 +237,11 @@ class Nets:
     teacher_filters: Tensor
     teacher_outputs: Tensor
 
+    @classmethod
+    def join(cls, some: Sequence[Nets]) -> Nets:
+        """One after the other."""
+        return cls(*(torch.cat([getattr(s, f.name) for s in some]) for f in fields(cls)))
+
     @property
     def angle(self) -> Tensor:
         """Between the filters of net and teacher."""

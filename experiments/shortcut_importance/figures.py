@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from conditioning import plots, theory
 from experiments.claims import Verdict
@@ -20,11 +21,13 @@ from experiments.shortcut_importance.setting import (
     CNN,
     COLD,
     LARGE,
+    LARGE_SUM,
     PRIOR,
     SHORT,
     STRESS,
     WARM,
     Method,
+    Teacher,
 )
 from experiments.shortcut_importance.tables import RECALLED, RECALLED_PATCHES
 from experiments.shortcut_importance.verdicts import edge_of, rates_of, start_names
@@ -61,6 +64,14 @@ def draw(out: Path, measured: Sequence[Pair], verdicts: Sequence[Verdict]) -> No
         _starts(drawing)
 
 
+def _point(method: Method) -> dict[str, Any]:
+    """Markers of different sizes, some hollow: points on top of each other stay visible."""
+    color, marker = _LOOKS[method]
+    size = {COLD: 9.0, SHORT: 6.5, WARM: 3.5, CNN: 5.0}[method]
+    face = "none" if method in (COLD, SHORT) else color
+    return {"color": color, "marker": marker, "markersize": size, "markerfacecolor": face}
+
+
 def _patch_axis(ax: Any, patches: Sequence[int]) -> None:
     ax.set_xscale("log")
     ax.set_xticks(patches, [str(k) for k in patches])
@@ -86,9 +97,8 @@ def _rates(drawing: Drawing) -> None:
                 values = np.array([rate.value for rate in rates.values()])
                 ends = np.array([rate.enclosure for rate in rates.values()]).T
                 ax.errorbar(
-                    list(rates), values, yerr=np.abs(ends - values), color=color, marker=marker,
-                    markersize=7 if method is SHORT else 4.5, capsize=2, linewidth=1.3,
-                    markerfacecolor="none" if method is SHORT else color,
+                    list(rates), values, yerr=np.abs(ends - values), capsize=2, linewidth=1.3,
+                    **_point(method),
                 )  # fmt: skip
                 if method in RECALLED and (teacher is LARGE or teacher in STRESS):
                     ax.plot(
@@ -103,15 +113,11 @@ def _rates(drawing: Drawing) -> None:
     for row in axes:
         row[0].set_ylabel("rate of the global optimum")
     for method in _LOOKS:
-        color, marker = _LOOKS[method]
-        axes[0][0].plot(
-            [], [], color=color, marker=marker, label=method.name,
-            markerfacecolor="none" if method is SHORT else color,
-        )  # fmt: skip
+        axes[0][0].plot([], [], label=method.name, **_point(method))
     axes[0][0].plot([], [], ":o", color="0.4", markersize=3, markerfacecolor="w",
                     label="recalled from the paper, whose teacher is not known")  # fmt: skip
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    starts = max((cell["seeds"] for cell, _ in cells), default=0)
+    starts = max(cell["first"] + cell["seeds"] for cell, _ in cells)
     title = drawing.titles(
         ("rates.warm-up", "Shortcut and warm-up: every start ends at the global optimum"),
         ("rates.no-warm-up", "... without a warm-up some do not (|a*|² = 64k)"),
@@ -127,7 +133,7 @@ def _rates(drawing: Drawing) -> None:
 # -- landscape and trajectories -----------------------------------------------------------------
 
 
-def lowest_loss(angle: torch.Tensor, alignment: torch.Tensor, k: int, mean: float, other: float) -> torch.Tensor:  # fmt: skip
+def lowest_loss(angle: Tensor, alignment: Tensor, k: int, mean: float, other: float) -> Tensor:
     """Least loss over ``a`` at an angle and ``a^T a* / |a*|^2``, over ``|a*|^2``.
 
     With a multiplier ``m`` for the alignment the best parts are ``(k + g - 1 + m) S/(k + pi - 1)``
@@ -142,24 +148,22 @@ def lowest_loss(angle: torch.Tensor, alignment: torch.Tensor, k: int, mean: floa
     return theory.conv_loss_reduced(s, c, angle, k, mean, other) / size
 
 
-def _followed(drawing: Drawing, method: Method) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    ((cell, result),) = parts(
-        drawing.measured, "follow", teacher=LARGE.name, method=method.name
-    )  # fmt: skip
-    return cell, result
+def _followed(drawing: Drawing, teacher: Teacher, method: Method) -> Pair:
+    return parts(drawing.measured, "follow", teacher=teacher.name, method=method.name)[0]
 
 
 def _landscape(drawing: Drawing) -> None:
     methods = (WARM, COLD, CNN)
     figure, axes = plots.new_axes(len(methods), width=4.7, height=4.5)
-    k = _followed(drawing, WARM)[0]["k"]
-    mean, other = LARGE.parts(k)
+    teacher = LARGE_SUM
+    k = _followed(drawing, teacher, WARM)[0]["k"]
+    mean, other = teacher.parts(k)
     angles = torch.linspace(0, math.pi, 161, dtype=torch.float64)
     heights = torch.linspace(-0.7, 1.25, 161, dtype=torch.float64)
     height, angle = torch.meshgrid(heights, angles, indexing="ij")
     losses = lowest_loss(angle, height, k, mean, other).numpy()
     # At pi the best outputs are those of the spurious point.
-    share = LARGE.share(k)
+    share = teacher.share(k)
     bottom = float(theory.relaxed_alignment(math.pi, share, k))
     levels = np.linspace(0, 0.5, 26)
     for ax, method in zip(axes, methods, strict=True):
@@ -168,7 +172,7 @@ def _landscape(drawing: Drawing) -> None:
         )
         ax.contour(angles / math.pi, heights, losses, levels=levels, colors="0.45", linewidths=0.3)
         ax.grid(visible=False)
-        cell, result = _followed(drawing, method)
+        _, result = _followed(drawing, teacher, method)
         x = np.asarray(result["angle"], dtype=float) / math.pi
         y = np.asarray(result["alignment"], dtype=float)
         for lane in range(x.shape[1]):
@@ -202,10 +206,10 @@ def _landscape(drawing: Drawing) -> None:
     handles.plot([], [], ":", color="0.15", label="right angle")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     title = drawing.titles(
-        ("stage.angle", "With a warm-up the alignment turns positive before the filter moves"),
-        ("rates.no-warm-up", "Without one some starts end at the spurious optimum"),
+        ("stage.angle", "During a warm-up the angle stays below a right one"),
+        ("rates.warm-up", "... and every start ends at the global optimum"),
     )
-    figure.suptitle(f"{title}\n{LARGE.name}, k = {k}, φ₀ = π/3", x=0.01, ha="left",
+    figure.suptitle(f"{title}\n{teacher.name}, k = {k}, φ₀ = π/3", x=0.01, ha="left",
                     fontsize="medium")  # fmt: skip
     plots.save(figure, drawing.out / "landscape.png")
 
@@ -220,7 +224,7 @@ def _trajectories(drawing: Drawing) -> None:
     )
     figure, axes = plots.new_grid(len(rows), len(methods), width=4.6, height=2.5)
     for column, method in enumerate(methods):
-        cell, result = _followed(drawing, method)
+        _, result = _followed(drawing, LARGE, method)
         steps = np.asarray(result["steps"]) + 1
         ends = np.asarray(result["angle"], dtype=float)[-1]
         for row, (quantity, label, scale) in zip(axes, rows, strict=True):
@@ -254,9 +258,9 @@ def _trajectories(drawing: Drawing) -> None:
         axes[0][0].plot([], [], color=color, label=label)
     axes[0][0].fill_between([], [], color=plots.PALETTE[0], alpha=0.2, label="warm-up")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    k = _followed(drawing, WARM)[0]["k"]
+    k = _followed(drawing, LARGE, WARM)[0]["k"]
     title = drawing.titles(
-        ("stage.alignment", "The warm-up ends at the best outputs for its angle"),
+        ("stage.alignment", "The warm-up ends at the best outputs for its angle (|a*| = 1)"),
         ("stage.angle-rate", "Angles then converge linearly, at the Hessian's rate (|a*| = 1)"),
     )
     stable = f"{LARGE.name}, k = {k}: here η|a*|²/2 = {64 * k / k**2 / 2:.3g}"
@@ -287,12 +291,11 @@ def _angles(drawing: Drawing) -> None:
             color=color, marker=marker, capsize=3, linestyle="none", markersize=6, zorder=3,
         )  # fmt: skip
     grid = np.geomspace(1e-3, 1, 120)
-    for k in markers:
+    for k, dashes in zip(markers, ("-", "--", ":", "-.") * 3, strict=False):
         limits = [theory.warm_up_limit(float(r), k) / math.pi for r in grid]
-        right.plot(grid, limits, color="0.35", linewidth=1, zorder=2)
-        place = int(np.searchsorted(limits, 0.9))
-        right.annotate(f"k = {k}", (grid[min(place, 119)], 0.9), fontsize="x-small", rotation=60,
-                       ha="right", va="bottom", color="0.35")  # fmt: skip
+        right.plot(grid, limits, dashes, color="0.35", linewidth=1.1, zorder=2,
+                   label=f"predicted, k = {k}")  # fmt: skip
+    right.legend(loc="upper left", fontsize="x-small")
     right.axhspan(0, 1 / 3, color=plots.PALETTE[0], alpha=0.12)
     left.axvspan(0, 1 / 3, color=plots.PALETTE[0], alpha=0.12, label="prior of the theorem, ≤ π/3")
     right.set_xscale("log")
@@ -347,13 +350,12 @@ def _hessian(drawing: Drawing) -> None:
         )
     )
     shown = [(c, r) for c, r in cells if c["k"] == patches[0]]
-    colors = plots.sns.color_palette("vlag", len(shown)) if shown else []
     radii = np.asarray(RADII)
-    for (cell, result), color in zip(shown, colors, strict=True):
+    for place, (cell, result) in enumerate(shown):
         change = np.asarray(result["around"]["best"], dtype=float)
         expected = abs(result["alignment"]) / (6 * math.pi) * radii**3
         falls = change[-1] < 0
-        shade = tuple(0.8 * part for part in color)
+        shade = plots.PALETTE[place % 10]
         right.plot(radii, expected, color=shade, linewidth=1, linestyle="--" if falls else "-")
         right.plot(
             radii, np.abs(change), "v" if falls else "^", color=shade, markersize=6,
@@ -396,7 +398,7 @@ def _starts(drawing: Drawing) -> None:
     left.plot([], [], "o", color="0.3", markerfacecolor="none", label="adversarial start is lost")
     left.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
     left.set_ylim(0.4, 1.02)
-    left.set_ylabel("share of starts in the ball that end at the global optimum")
+    left.set_ylabel("share of the ball that ends at the optimum")
     left.legend(fontsize="x-small", loc="lower left")
     left.set_title(
         drawing.titles(

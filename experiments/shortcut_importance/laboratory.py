@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from experiments.shortcut_importance import Sizes
 
 Cell = Mapping[str, Any]
-# Descents that are followed have so many records, and end so many k^2 steps after the warm-up.
+# Descents that are followed have about so many records.
 _RECORDS = 160
-_FOLLOWED = 40
 # Between these, in k^2 steps after the warm-up, what is left is small and far above rounding.
 RATE_WINDOW = (30, 40)
 
@@ -66,7 +65,7 @@ class Laboratory:
     def rates(self, cell: Cell) -> dict[str, Any]:
         """How many random starts end where, for all numbers of patches at once."""
         teacher, method, count = TEACHERS[cell["teacher"]], METHODS[cell["method"]], cell["seeds"]
-        drawn = {key: cell[key] for key in ("part", "teacher", "method")}
+        drawn = {key: cell[key] for key in ("part", "teacher", "method", "first")}
         lanes = Lanes.join(
             [
                 random_lanes(
@@ -114,7 +113,7 @@ class Laboratory:
             warm_up = METHODS[cell["method"]].warm_up(k)
             some.append(make_lanes(s, c, math.pi / 3, k, (mean, other), warm_up))
         # Looked at often: the steps are the result.
-        fates = self._descend(Lanes.join(some), first_look=10, look_again=1.005)
+        fates = self._descend(Lanes.join(some), first_look=10, look_again=1.01)
         return {"fates": fates.fate, "steps": fates.step}
 
     def edge(self, cell: Cell) -> dict[str, Any]:
@@ -143,8 +142,9 @@ class Laboratory:
         lanes, beside = random_lanes(teacher, method, k, self.sizes.filter_size, count, source)
         lanes, beside = lanes.to(self.device), beside.to(self.device)
         warm_up = method.warm_up(k)
-        window = [warm_up + at * k * k for at in RATE_WINDOW]
-        steps = spread(_RECORDS, warm_up + _FOLLOWED * k * k, (0, warm_up, *window))
+        last = warm_up + cell["length"] * k * k
+        window = [warm_up + at * k * k for at in RATE_WINDOW if at <= cell["length"]]
+        steps = spread(_RECORDS, last, (0, warm_up, *window))
         states = follow(lanes, steps)
         # Components of a beside the two that count shrink on their own.
         keep = 1 - float(lanes.output_rate[0]) * (math.pi - 1) / (2 * math.pi)
@@ -179,7 +179,6 @@ def by_group(fates: Fates, size: int) -> dict[str, Any]:
         "successes": (fate == OPTIMUM).sum(1),
         "open": (fate == OPEN).sum(1),
         "runs": size,
-        "median_step": step.to(torch.float64).median(1).values,
         "last_step": step.amax(1),
     }
 
@@ -194,6 +193,9 @@ def _loss(state: Lanes, beside: Tensor) -> Tensor:
     return state.loss + (math.pi - 1) / (4 * math.pi) * beside**2
 
 
-def _rate(ends: list[Tensor]) -> Tensor:
-    """Decay rate in units of the step size ``1/k^2``."""
-    return (ends[0] / ends[1]).log() / (RATE_WINDOW[1] - RATE_WINDOW[0])
+def _rate(ends: list[Tensor]) -> Tensor | None:
+    """Decay rate in units of the step size ``1/k^2``; None if the descent is too short for it."""
+    if len(ends) < len(RATE_WINDOW):
+        return None
+    rate: Tensor = (ends[0] / ends[1]).log() / (RATE_WINDOW[1] - RATE_WINDOW[0])
+    return rate

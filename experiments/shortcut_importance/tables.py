@@ -28,9 +28,10 @@ RECALLED: Mapping[Method, tuple[float, ...]] = {
 def write(out: Path, measured: Sequence[Pair]) -> None:
     """Write the tables.
 
-    ``rates.csv`` (success rates with intervals, and steps until a start is decided), ``starts.csv``
-    (adversarial starts and the ball), ``critical.csv`` (critical points and Hessians),
-    ``angles.csv`` (the range of first angles), ``other.csv`` (without normalisation, on samples).
+    ``rates.csv`` (success rates with intervals, and steps until the last start is decided),
+    ``starts.csv`` (adversarial starts and the ball), ``critical.csv`` (critical points and
+    Hessians), ``angles.csv`` (the range of first angles), ``other.csv`` (without normalisation,
+    on samples).
     """
     tables = {
         "rates": [*_rates(measured), *_recalled()],
@@ -45,16 +46,18 @@ def write(out: Path, measured: Sequence[Pair]) -> None:
 
 def _rates(measured: Sequence[Pair]) -> list[dict[str, Any]]:
     rows = []
-    for cell, result in parts(measured, "rates"):
-        teacher, method = TEACHERS[cell["teacher"]], METHODS[cell["method"]]
-        for place, (k, rate) in enumerate(rates_of(measured, teacher, method).items()):
-            low, high = rate.enclosure
-            rows.append(
-                {"teacher": teacher.name, "method": method.name, "k": k, "starts": rate.num_runs,
-                 "undecided": result["open"][place], "rate": rate.value, "low": low, "high": high,
-                 "median_step": result["median_step"][place],
-                 "last_step": result["last_step"][place]}
-            )  # fmt: skip
+    for teacher in TEACHERS.values():
+        for method in METHODS.values():
+            results = parts(measured, "rates", teacher=teacher.name, method=method.name)
+            for place, (k, rate) in enumerate(rates_of(measured, teacher, method).items()):
+                low, high = rate.enclosure
+                rows.append(
+                    {"teacher": teacher.name, "method": method.name, "k": k,
+                     "starts": rate.num_runs,
+                     "undecided": sum(result["open"][place] for _, result in results),
+                     "rate": rate.value, "low": low, "high": high,
+                     "last_step": max(result["last_step"][place] for _, result in results)}
+                )  # fmt: skip
     return rows
 
 
@@ -116,11 +119,17 @@ def _angles(measured: Sequence[Pair]) -> list[dict[str, Any]]:
 
 
 def _other(measured: Sequence[Pair]) -> list[dict[str, Any]]:
+    """Nets without normalisation, and trainings on samples, by method and norm."""
+    kinds = [
+        ("no normalisation", cell["k"], kind)
+        for cell, result in parts(measured, "plain")
+        for kind in result["kinds"]
+    ]
+    kinds += [("samples", cell["k"], {**cell, **result})
+              for cell, result in parts(measured, "samples")]  # fmt: skip
     return [
-        {"kind": "no normalisation" if part == "plain" else "samples", "method": cell["method"],
-         "squared_norm": cell["squared_norm"], "k": cell["k"], "first_seed": cell.get("first", 0),
-         "runs": result["runs"], "global": result["successes"], "spurious": result["spurious"],
-         "undecided": result["open"]}
-        for part in ("plain", "samples")
-        for cell, result in parts(measured, part)
+        {"kind": name, "k": k, "method": kind["method"], "squared_norm": kind["squared_norm"],
+         "first_seed": kind.get("first", 0), "runs": kind["runs"], "global": kind["successes"],
+         "spurious": kind["spurious"], "undecided": kind["open"]}
+        for name, k, kind in kinds
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conditioning import theory
 from experiments.models.two_layer_conv import TwoLayerConv
-from experiments.shortcut_importance.descent import OPEN, OPTIMUM, SPURIOUS, descend_vectors
+from experiments.shortcut_importance.descent import OPEN, OPTIMUM, SPURIOUS, Nets, descend_vectors
 from experiments.shortcut_importance.setting import (
     CNN,
     COLD,
@@ -26,11 +26,11 @@ Cell = Mapping[str, Any]
 # A loss below this share of the spurious point's is below every other critical value.
 _BELOW = 0.5
 # At the spurious point, relatively; the angle approaches pi as one over the steps.
-_NEAR, _NEAR_PI = 0.1, 0.3
+_NEAR, _NEAR_PI = 0.1, 0.5
 
 
-def _teacher(cell: Cell) -> Teacher:
-    return Teacher("", lambda _: float(cell["squared_norm"]), lambda k: 1 / (16 * k))
+def _teacher(squared_norm: float) -> Teacher:
+    return Teacher("", lambda _: float(squared_norm), lambda k: 1 / (16 * k))
 
 
 def without_normalisation(cell: Cell, p: int, device: str) -> dict[str, Any]:
@@ -42,10 +42,16 @@ def without_normalisation(cell: Cell, p: int, device: str) -> dict[str, Any]:
     that point, and as open otherwise.
     """
     k, count, steps = cell["k"], cell["seeds"], cell["steps"]
-    method = METHODS[cell["method"]]
-    nets = random_nets(_teacher(cell), method, k, p, count, generator(**cell))
-    nets = nets.to(device)
-    rate = torch.full((count,), 1 / k**2, dtype=torch.float64, device=device)
+    kinds = [(size, method) for size in cell["squared_norms"] for method in cell["methods"]]
+    some = [
+        random_nets(
+            _teacher(size), METHODS[method], k, p, count,
+            generator(part=cell["part"], k=k, size=size, method=method),
+        )
+        for size, method in kinds
+    ]  # fmt: skip
+    nets = Nets.join(some).to(device)
+    rate = torch.full((len(kinds) * count,), 1 / k**2, dtype=torch.float64, device=device)
     after = descend_vectors(nets, rate, [(steps, rate)], normalised=False)
     u, v_star, a_star = after.filters, after.teacher_filters, after.teacher_outputs
     losses = theory.conv_loss(u, after.outputs, v_star, a_star, normalised=False)
@@ -53,11 +59,16 @@ def without_normalisation(cell: Cell, p: int, device: str) -> dict[str, Any]:
     spurious = theory.conv_loss(-v_star, a_sp, v_star, a_star)
     norm = torch.linalg.vector_norm
     scaled = norm(u, dim=1, keepdim=True) * after.outputs
-    fate = torch.full((count,), OPEN, device=u.device)
+    fate = torch.full(losses.shape, OPEN, device=u.device)
     fate[losses < _BELOW * spurious] = OPTIMUM
     near = norm(scaled - a_sp, dim=1) < _NEAR * norm(a_star, dim=1)
     fate[(after.angle > math.pi - _NEAR_PI) & near] = SPURIOUS
-    return {**_counts(fate), "loss": losses / a_star.square().sum(1)}
+    return {
+        "kinds": [
+            {"squared_norm": size, "method": method, **_counts(row)}
+            for (size, method), row in zip(kinds, fate.reshape(len(kinds), count), strict=True)
+        ]
+    }
 
 
 def on_samples(cell: Cell, p: int, device: str) -> dict[str, Any]:
@@ -69,7 +80,7 @@ def on_samples(cell: Cell, p: int, device: str) -> dict[str, Any]:
     """
     k, count, method = cell["k"], cell["seeds"], METHODS[cell["method"]]
     source = generator(**cell)
-    start = random_nets(_teacher(cell), method, k, p, count, source)
+    start = random_nets(_teacher(cell["squared_norm"]), method, k, p, count, source)
     start = start.to(device)
     offset = 1 / math.sqrt(p) if method.shortcut else 0.0
     net = TwoLayerConv(start.filters - offset, start.outputs, shortcut=method.shortcut)

@@ -133,12 +133,16 @@ def _critical(measured: Sequence[Pair]) -> list[Verdict]:
 
 def rates_of(measured: Sequence[Pair], teacher: Teacher, method: Method) -> dict[int, Measured]:
     """Rates of success by the number of patches."""
-    found = {}
+    counts: dict[int, list[int]] = {}
     for cell, result in parts(measured, "rates", teacher=teacher.name, method=method.name):
-        for k, won, left in zip(cell["patches"], result["successes"], result["open"], strict=True):
-            run = f"{teacher.name}, k={k}"
-            found[k] = rate_of(won, result["runs"], undecided=left, run=run)
-    return found
+        rows = zip(cell["patches"], result["successes"], result["open"], strict=True)
+        for k, won, left in rows:
+            before = counts.get(k, [0, 0, 0])
+            counts[k] = [a + b for a, b in zip(before, (won, left, result["runs"]), strict=True)]
+    return {
+        k: rate_of(won, runs, undecided=left, run=f"{teacher.name}, k={k}")
+        for k, (won, left, runs) in counts.items()
+    }
 
 
 def _shown(rates: Mapping[int, Measured]) -> str:
@@ -209,7 +213,7 @@ def all_won(won: int, left: int, runs: int) -> bool | None:
 def start_names(cell: Cell) -> list[str]:
     """The teachers of a cell of starts, in their order."""
     return [
-        f"|a*|²={size:g}k r={share:g} k={k}"
+        f"|a*|²={f'{size:g}k' if size >= 1 else f'k/{1 / size:g}'} r={share:g} k={k}"
         for size in cell["sizes"]
         for share in cell["shares"]
         for k in cell["patches"]
@@ -242,7 +246,7 @@ def _starts(measured: Sequence[Pair]) -> list[Verdict]:
     for cell, result in parts(measured, "time"):
         reached = all(fate == OPTIMUM for fate in result["fates"])
         curve = dict(zip(cell["patches"], result["steps"], strict=True)) if reached else {}
-        times.append(power_law(curve, label=f"r={cell['share']:g}"))
+        times.append(power_law(curve, label=f"r={cell['share']:g}", symbol="k"))
     return [
         decide_all(BY_ID["starts.adversarial"], adversarial(WARM)),
         decide_all(BY_ID["starts.ball"], ball, num_runs=counts[0] if counts else 1),
@@ -282,18 +286,19 @@ def _angles(measured: Sequence[Pair]) -> list[Verdict]:
             result["angles"], result["successes"], result["open"], strict=True
         ):
             if angle < math.pi / 2:
-                below[f"{run}, {angle / math.pi:.3f}π"] = all_won(won, left, result["runs"])
+                below[f"{run}, {angle / math.pi:.4f}π"] = all_won(won, left, result["runs"])
     runs = max((cell["seeds"] for cell, _ in parts(measured, "edge")), default=1)
     largest = max((float(run.split(", ")[1][:-1]) for run in below), default=math.nan)
     return [
         decide_every(BY_ID["angle.edge"], edges),
-        decide_all(BY_ID["angle.prior"], below, num_runs=runs, note=f"angles up to {largest:.3f}π"),
+        decide_all(BY_ID["angle.prior"], below, num_runs=runs, note=f"angles up to {largest:.4f}π"),
     ]
 
 
 def _stages(measured: Sequence[Pair]) -> list[Verdict]:
     warm = parts(measured, "follow", method=WARM.name)
     angles, ratios, angle_rates, outputs_rates = [], [], [], []
+    notes = []
     for cell, result in warm:
         run = f"{cell['teacher']}, k={cell['k']}"
         angles.append(
@@ -303,16 +308,19 @@ def _stages(measured: Sequence[Pair]) -> list[Verdict]:
             one / other
             for one, other in zip(result["warm_alignment"], result["warm_expected"], strict=True)
         ]
+        notes.append(f"{run}: {min(shares):.3g} ... {max(shares):.3g}")
         middle = sorted(shares)[len(shares) // 2]
-        ratios.append(Measured(middle, min(shares), max(shares), num_runs=len(shares), run=run))
         if cell["teacher"] == UNIT.name:
+            ratios.append(Measured(middle, min(shares), max(shares), num_runs=len(shares), run=run))
             angle_rates.append(over_runs(result["angle_rate"], run=run))
             outputs_rates.append(over_runs(result["outputs_rate"], run=run))
     least = min((min(result["warm_alignment"]) for _, result in warm), default=math.nan)
     return [
         decide_every(BY_ID["stage.angle"], angles),
         decide_every(
-            BY_ID["stage.alignment"], ratios, note=f"smallest aᵀa*/|a*|² there: {least:.3g}"
+            BY_ID["stage.alignment"],
+            ratios,
+            note=f"smallest aᵀa*/|a*|² there: {least:.3g}; {'; '.join(notes)}",
         ),
         decide_every(BY_ID["stage.angle-rate"], angle_rates),
         decide_every(BY_ID["stage.outputs-rate"], outputs_rates),
@@ -324,11 +332,12 @@ def _stages(measured: Sequence[Pair]) -> list[Verdict]:
 
 def _plain(measured: Sequence[Pair]) -> list[Verdict]:
     rates = {
-        (cell["squared_norm"], cell["method"]): rate_of(
-            result["successes"], result["runs"], undecided=result["open"],
-            run=f"|a*|²={cell['squared_norm']:g}",
+        (kind["squared_norm"], kind["method"]): rate_of(
+            kind["successes"], kind["runs"], undecided=kind["open"],
+            run=f"|a*|²={kind['squared_norm']:g}",
         )
-        for cell, result in parts(measured, "plain")
+        for _, result in parts(measured, "plain")
+        for kind in result["kinds"]
     }  # fmt: skip
     sizes = sorted({size for size, _ in rates})
     with_shortcut = [rates[size, COLD.name] for size in sizes]
