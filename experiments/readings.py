@@ -145,12 +145,11 @@ def rate_of(
         raise ValueError(msg)
     if undecided == runs:
         return Measured(math.nan, num_runs=runs, run=run)
-    ends = [
-        stats.binomtest(most, runs).proportion_ci(confidence, method="exact")
-        for most in (successes, successes + undecided)
-    ]
+    tail, most = (1 - confidence) / 2, successes + undecided
+    low = stats.beta.ppf(tail, successes, runs - successes + 1) if successes else 0.0
+    high = stats.beta.isf(tail, most + 1, runs - most) if most < runs else 1.0
     value = successes / (runs - undecided)
-    return Measured(value, float(ends[0].low), float(ends[1].high), num_runs=runs, run=run)
+    return Measured(value, float(low), float(high), num_runs=runs, run=run)
 
 
 def difference_of_rates(rate: Measured, other: Measured, *, run: str = "") -> Measured:

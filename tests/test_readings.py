@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from experiments.claims import Measured
 from experiments.readings import (
+    difference_of_rates,
     growth_exponent,
     mann_whitney_law,
     power_law,
+    rate_of,
     ratio_of_groups,
     slope_of,
 )
@@ -101,3 +104,59 @@ def test_few_runs_give_no_enclosure_and_diverged_ones_count_as_the_largest():
         ([0.0], [0.0]),
     ):
         assert math.isnan(ratio_of_groups(first, second).value)
+
+
+def test_a_rate_is_enclosed_by_the_exact_interval():
+    # Without a failure the lower end is the n-th root of the tail; from tables: 7 of 10.
+    assert rate_of(5000, 5000).enclosure == (pytest.approx(0.025 ** (1 / 5000)), 1.0)
+    assert rate_of(0, 20).enclosure == (0.0, pytest.approx(1 - 0.025 ** (1 / 20)))
+    some = rate_of(7, 10)
+    assert (some.value, some.num_runs) == (0.7, 10)
+    assert some.enclosure == (pytest.approx(0.3475, abs=1e-4), pytest.approx(0.9333, abs=1e-4))
+    for won, runs in ((1, 9), (4990, 5000), (300, 301)):
+        known = stats.binomtest(won, runs).proportion_ci(0.9, method="exact")
+        assert rate_of(won, runs, confidence=0.9).enclosure == pytest.approx(
+            (known.low, known.high)
+        )
+
+
+def test_the_interval_of_a_rate_covers_it():
+    rng = np.random.default_rng(0)
+    for rate in (0.5, 0.97):
+        ends = [rate_of(int(won), 50).enclosure for won in rng.binomial(50, rate, 2000)]
+        assert np.mean([low <= rate <= high for low, high in ends]) >= 0.95
+
+
+def test_runs_that_are_not_decided_widen_a_rate_on_both_sides():
+    wide = rate_of(50, 100, undecided=20)
+    assert wide.value == 50 / 80
+    assert wide.enclosure == (rate_of(50, 100).low, rate_of(70, 100).high)
+    assert math.isnan(rate_of(0, 5, undecided=5).value)
+    for numbers in ((6, 5, 0), (3, 5, 3), (-1, 5, 0)):
+        with pytest.raises(ValueError, match="among"):
+            rate_of(numbers[0], numbers[1], undecided=numbers[2])
+
+
+def test_a_difference_of_rates_is_enclosed():
+    one, other = rate_of(90, 100), rate_of(50, 100)
+    found = difference_of_rates(one, other)
+    assert found.value == pytest.approx(0.4)
+    assert found.num_runs == 200
+    low, high = found.enclosure
+    assert 0.25 < low < 0.4 < high < 0.55
+    same = difference_of_rates(one, one)
+    assert same.low == -same.high
+    exact = difference_of_rates(Measured(0.3), Measured(0.1))
+    assert exact.enclosure == (pytest.approx(0.2), pytest.approx(0.2))
+
+
+def test_the_interval_of_a_difference_covers_it():
+    rng = np.random.default_rng(1)
+    pairs = zip(rng.binomial(60, 0.95, 1000), rng.binomial(60, 0.8, 1000), strict=True)
+    found = [difference_of_rates(rate_of(int(a), 60), rate_of(int(b), 60)) for a, b in pairs]
+    assert np.mean([one.low <= 0.15 <= one.high for one in found]) >= 0.94
+
+
+def test_a_law_names_what_it_is_a_law_in():
+    curve = {k: float(k) ** 2 for k in (4, 9, 16)}
+    assert power_law(curve, label="r=1", symbol="k").run == "r=1, k = 4 ... 16"

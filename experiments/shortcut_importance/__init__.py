@@ -111,7 +111,7 @@ _OFFSETS = (
 )  # fmt: skip
 PRESETS = {
     "quick": Sizes(
-        summary="k = 16 ... 100, 10,000 starts for each rate; about a minute on two cores",
+        summary="k = 16 ... 100, 10,000 starts for each rate; one and a half minutes on two cores",
         seeds=10_000,
         filter_size=8,
         patches=(16, 25, 36, 49, 64, 81, 100),

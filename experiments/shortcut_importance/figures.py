@@ -390,7 +390,6 @@ def _starts(drawing: Drawing) -> None:
             share = np.asarray(result["successes"], dtype=float) / result["starts"]
             won = np.asarray(result["adversarial"]) == OPTIMUM
             places = np.arange(len(names)) + shift
-            left.vlines(places, 0.4, share, color=color, linewidth=1.2, alpha=0.5)
             for chosen, face in ((won, color), (~won, "none")):
                 left.plot(places[chosen], share[chosen], marker, color=color, markersize=5.5,
                           markerfacecolor=face, linestyle="none")  # fmt: skip

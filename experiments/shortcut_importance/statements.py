@@ -69,8 +69,8 @@ _check = [
         0.0,
         Tolerance.within(atol=1e-6),
         "accumulated rounding; a wrong term would add up to a part of an angle",
-        "Largest difference of the angle, and of the two parts of a over |a*|, in 2000 steps with "
-        "all three methods, |a*|² = 64k.",
+        "Largest difference of the angle, and of the two parts of a over |a*|, after thousands of "
+        "steps with all three methods, |a*|² = 64k.",
     ),
     Claim(
         "check.fates",

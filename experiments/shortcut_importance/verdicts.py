@@ -212,8 +212,12 @@ def all_won(won: int, left: int, runs: int) -> bool | None:
 
 def start_names(cell: Cell) -> list[str]:
     """The teachers of a cell of starts, in their order."""
+
+    def norm(size: float) -> str:
+        return f"k/{1 / size:g}" if size < 1 else "k" if size == 1 else f"{size:g}k"
+
     return [
-        f"|a*|²={f'{size:g}k' if size >= 1 else f'k/{1 / size:g}'} r={share:g} k={k}"
+        f"|a*|²={norm(size)} r={share:g} k={k}"
         for size in cell["sizes"]
         for share in cell["shares"]
         for k in cell["patches"]
