@@ -126,16 +126,18 @@ def advance(lanes: Lanes, first: int, count: int) -> Lanes:
     turn_rate = torch.where(warming, lanes.warm_rate, lanes.filter_rate) / _TWO_PI
     keep_s, keep_c = 1 - rate * (k + math.pi - 1), 1 - rate * (math.pi - 1)
     gain_s, gain_c, base_s = rate * big_s, rate * big_c, rate * (k - 1) * big_s
+    turn_s, turn_c = turn_rate * big_s, turn_rate * big_c
     s, c, phi = lanes.mean.clone(), lanes.other.clone(), lanes.angle.clone()
+    rest = math.pi - phi
     for _ in range(count):
-        rest, sine = math.pi - phi, torch.sin(phi)
+        sine = torch.sin(phi)
         g = torch.cos(phi).mul_(rest).add_(sine)
-        turn = (s * big_s).addcmul_(c, big_c).mul_(turn_rate).mul_(rest).mul_(sine).atan_()
+        turn = (s * turn_s).addcmul_(c, turn_c).mul_(rest).mul_(sine).atan_()
         s.mul_(keep_s).addcmul_(g, gain_s).add_(base_s)
         c.mul_(keep_c).addcmul_(g.sub_(1), gain_c)
-        phi.sub_(turn).abs_()
-        # Beyond pi the filter is on the other side of -v*, at the angle 2 pi - phi.
-        phi = torch.sub(math.pi, phi.neg_().add_(math.pi).abs_())
+        # Below 0 the filter is on the other side of v*, beyond pi on that of -v*.
+        torch.sub(math.pi, phi.sub_(turn).abs_(), out=rest).abs_()
+        torch.sub(math.pi, rest, out=phi)
     return Lanes(
         s, c, phi, k, big_s, big_c, lanes.output_rate, lanes.filter_rate, lanes.warm_rate,
         lanes.warm_up,
