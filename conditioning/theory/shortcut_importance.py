@@ -219,7 +219,7 @@ def conv_best_outputs(angle: Tensor | float, teacher_outputs: Tensor) -> Tensor:
     tensor([ 2., -1.], dtype=torch.float64)
     """
     a_star = _outputs(teacher_outputs, "teacher_outputs")
-    g = rectified_overlap(angle)[..., None]
+    g = rectified_overlap(angle).to(a_star.device)[..., None]
     k = a_star.shape[-1]
     mean = a_star.mean(-1, keepdim=True)
     other = (a_star - mean) * (g - 1) / (math.pi - 1)
