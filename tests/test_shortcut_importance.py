@@ -301,7 +301,10 @@ def test_first_angles_decide(measured):
         assert again(changed)["angle.edge"].value == "not decided"
     for _, result in parts(changed, "edge"):
         result["successes"], result["open"] = [5, 5, 4, 0], [0, 0, 1, 0]
-    assert again(changed)["angle.prior"].value == "not decided"
+    found = again(changed)
+    assert found["angle.prior"].value == "not decided"
+    # A start that is not decided may be on either side: the edge lies farther apart.
+    assert (found["angle.edge"].low, found["angle.edge"].high) == pytest.approx((-0.06, 0.03))
 
 
 def test_stages_decide(measured):

@@ -139,12 +139,12 @@ PRESETS = {
         sample_steps=400,
     ),
     "paper": Sizes(
-        summary="100,000 starts for each rate, 100 trainings on 3000 samples each; about a "
-        "quarter of an hour on two cores",
+        summary="100,000 starts for each rate, 100 trainings on 3000 samples each; about "
+        "twenty minutes on two cores",
         seeds=100_000,
         filter_size=8,
         patches=(16, 25, 36, 49, 64, 81, 100),
-        max_steps=200_000,
+        max_steps=110_000,
         ratios=(0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.01, 1.1, 1.25, 1.5, 2.0, 2.5),
         monte_carlo_samples=8_000_000,
         vectors=200,

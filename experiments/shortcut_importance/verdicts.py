@@ -265,14 +265,20 @@ def _starts(measured: Sequence[Pair]) -> list[Verdict]:
 def edge_of(result: Mapping[str, Any]) -> Measured:
     """Where starts begin to fail, in angles over pi: between two angles that were tried.
 
-    Not known where all succeed, or where some fail at the smallest angle.
+    Between the last angle before which all succeed and the first at which one fails; angles at
+    which starts are not decided lie between. Not known where none fails, where some are lost at
+    the smallest angle, or where all succeed at an angle beyond one at which some fail.
     """
-    angles, won = result["angles"], result["successes"]
-    sure = [count == result["runs"] for count in won]
-    first = sure.index(False) if False in sure else len(sure)
-    if first in (0, len(sure)) or any(sure[first:]):
+    angles = result["angles"]
+    outcomes = [
+        all_won(won, left, result["runs"])
+        for won, left in zip(result["successes"], result["open"], strict=True)
+    ]
+    first = next((i for i, outcome in enumerate(outcomes) if outcome is not True), len(outcomes))
+    lost = outcomes.index(False) if False in outcomes else len(outcomes)
+    if first == 0 or lost == len(outcomes) or True in outcomes[first:]:
         return Measured(math.nan)
-    low, high = angles[first - 1] / math.pi, angles[first] / math.pi
+    low, high = angles[first - 1] / math.pi, angles[lost] / math.pi
     return Measured((low + high) / 2, low, high)
 
 
