@@ -98,15 +98,15 @@ _PAPER_SIZES: dict[str, Any] = {
 PRESETS = {
     "quick": Sizes(
         summary="L up to 10000 for norms and 200 for descent; ResNet-20 to -74 on small images, "
-        "two and a half epochs; 16 seeds, but 4 of products and of what is trained (--seeds N: N "
-        "of each); two minutes on two cores",
+        "two and a half epochs; 16 seeds, but 8 of products and 4 of what is trained (--seeds "
+        "N: N of each); two minutes on two cores",
         seeds=16,
         depths=(10, 30, 100, 300, 1000, 3000, 10000),
         width=256,
         together=8,
         product_depths=(30, 100, 300, 1000),
         product_width=128,
-        product_seeds=4,
+        product_seeds=8,
         descent_depths=(10, 30, 100, 200),
         descent_width=64,
         descent_samples=32,

@@ -190,9 +190,14 @@ def _descent(path: Path, measured: Sequence[Pair], titles: Titles) -> None:
             for place, (depth, rows) in enumerate(curves.losses(measured, task, rule).items()):
                 color = plots.depth_colors(len(depths))[place]
                 _losses(ax, rows, color, f"L = {depth}")
-            ax.axhline(ZERO_OUTPUTS, color="0.4", linewidth=0.8, linestyle=":")
+            ax.axhline(
+                ZERO_OUTPUTS, color="0.4", linewidth=0.9, linestyle=":", label="zero outputs"
+            )  # fmt: skip
             if task == "descent":
-                ax.axhline(ZERO_OUTPUTS / 10, color="0.4", linewidth=0.8, linestyle="--")
+                ax.axhline(
+                    ZERO_OUTPUTS / 10, color="0.4", linewidth=0.9, linestyle="--",
+                    label="a tenth of that",
+                )  # fmt: skip
             ax.set_yscale("log")
             ax.set_xlabel("step")
             ax.set_ylabel("loss, mean over samples")
