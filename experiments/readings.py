@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from experiments.claims import Measured
 Array = NDArray[np.float64]
 # A value at each depth.
 Curve = Mapping[int, float]
+# Products of the sizes of two groups up to which the law of Mann and Whitney is taken as it is.
+_EXACT = 10_000
 
 
 def number(value: Any) -> float:
@@ -113,8 +116,7 @@ def ratio_of_groups(
     # The median of an even number of ratios lies between two: at their geometric mean.
     middle = ratios[(len(ratios) - 1) // 2], ratios[len(ratios) // 2]
     value = float(middle[0]) if middle[0] == middle[1] else math.sqrt(middle[0] * middle[1])
-    tail = np.cumsum(mann_whitney_law(len(values), len(others)))
-    place = int(np.searchsorted(tail, (1 - confidence) / 2, side="right"))
+    place = _rank(len(values), len(others), (1 - confidence) / 2)
     low, high = (ratios[place - 1], ratios[-place]) if place else (0.0, math.inf)
     return Measured(value, float(low), float(high), num_runs=count, run=run)
 
@@ -173,11 +175,23 @@ def mann_whitney_law(size: int, other: int) -> Array:
     They are the coefficients of a Gaussian binomial (Mann and Whitney, Ann. Math. Statist. 18,
     1947): of the product over i of (1 - q^(other + i)) / (1 - q^i).
     """
-    counts = np.zeros(size * other + 1)
-    counts[0] = 1
+    # The law is symmetric, and in its second half the differences would cancel.
+    half = np.zeros(size * other // 2 + 1)
+    half[0] = 1
     for i in range(1, size + 1):
-        for u in range(len(counts) - 1, other + i - 1, -1):
-            counts[u] -= counts[u - other - i]
-        for u in range(i, len(counts)):
-            counts[u] += counts[u - i]
-    return np.asarray(counts / math.comb(size + other, size))
+        half[other + i :] -= half[: max(len(half) - other - i, 0)].copy()
+        rows = np.pad(half, (0, -len(half) % i)).reshape(-1, i)
+        half = rows.cumsum(axis=0).ravel()[: len(half)]
+    law = half / math.comb(size + other, size)
+    return np.concatenate([law, law[::-1][1 - (size * other) % 2 :]])
+
+
+@functools.lru_cache(maxsize=64)
+def _rank(size: int, other: int, tail: float) -> int:
+    """How many of the sorted ratios on a side lie outside the enclosure; exact for small groups."""
+    if size * other <= _EXACT:
+        below = np.cumsum(mann_whitney_law(size, other))
+        return int(np.searchsorted(below, tail, side="right"))
+    # The normal law, with the half that a whole number is rounded by.
+    mean, variance = size * other / 2, size * other * (size + other + 1) / 12
+    return math.floor(mean + 0.5 + float(stats.norm.ppf(tail)) * math.sqrt(variance))

@@ -46,7 +46,7 @@ def test_a_power_law_in_depth_is_found():
     assert math.isnan(power_law({}).value)
 
 
-@pytest.mark.parametrize(("size", "other"), [(1, 1), (2, 3), (4, 4), (5, 3), (10, 10)])
+@pytest.mark.parametrize(("size", "other"), [(1, 1), (2, 3), (4, 4), (5, 3), (10, 10), (3, 90)])
 def test_the_law_of_the_mann_whitney_statistic_is_that_of_scipy(size, other):
     law = mann_whitney_law(size, other)
     assert law.sum() == pytest.approx(1)
@@ -55,6 +55,26 @@ def test_the_law_of_the_mann_whitney_statistic_is_that_of_scipy(size, other):
         np.arange(size), size + np.arange(other), alternative="less", method="exact"
     )
     assert law[0] == pytest.approx(below.pvalue)
+
+
+@pytest.mark.parametrize("size", [40, 100])
+def test_the_law_of_larger_groups_is_one(size):
+    law = mann_whitney_law(size, size)
+    assert law.sum() == pytest.approx(1)
+    assert law.min() >= 0
+    assert (np.diff(law[: len(law) // 2]) >= -1e-18).all()
+
+
+def test_the_enclosure_of_large_groups_goes_on_from_that_of_small_ones():
+    rng = np.random.default_rng(0)
+    for size in (100, 101):  # the exact law, and the normal one
+        values, others = np.exp(rng.normal(size=(2, size)))
+        low, high = ratio_of_groups(values, others).enclosure
+        # Quantiles of the statistic at the size where both are known.
+        assert math.log(high / low) == pytest.approx(2 * 1.96 * math.sqrt(2 / size), rel=0.25)
+    exact = np.cumsum(mann_whitney_law(100, 100)).searchsorted(0.025, side="right")
+    mean, deviation = 5000, math.sqrt(100 * 100 * 201 / 12)
+    assert exact == math.floor(mean + 0.5 + stats.norm.ppf(0.025) * deviation)
 
 
 def test_the_ratio_of_groups_is_decided_where_the_exact_test_decides():

@@ -12,7 +12,7 @@ from torch import nn
 from conditioning import find_blocks
 from conditioning.errors import InvalidArgumentError, ShapeError
 from experiments.models import ScaledResNet, TauStack, counted_blocks
-from experiments.training import Recipe, Trainer
+from experiments.training import Recipe, Trainer, TrainingError
 
 
 def generator(seed=0):
@@ -131,6 +131,39 @@ def test_scalars_learn_at_a_tenth_of_the_rate():
     assert len(net_of().parameter_groups()) == 1
 
 
+@pytest.mark.parametrize(
+    ("groups", "text"),
+    [
+        (lambda net: [{"params": list(net_of().parameters())}], "those of the model"),
+        (lambda net: [{"params": list(net.parameters()), "lr": 5.0}], "lr_factor"),
+        (lambda net: [{"params": list(net.parameters()), "lr_factor": -1.0}], "lr_factor"),
+    ],
+)
+def test_groups_that_could_not_be_meant(groups, text):
+    net = net_of()
+    with pytest.raises(TrainingError, match=text):
+        Trainer(
+            net, images(6), torch.arange(6), Recipe(num_steps=1, batch_size=6, lr=0.1),
+            parameters=groups(net),
+        )  # fmt: skip
+
+
+def test_a_checkpoint_with_other_factors_is_not_continued():
+    net = net_of(learnable=True, bn=False)
+
+    def trainer(factor):
+        groups = [{**group, "lr_factor": factor} for group in net.parameter_groups()]
+        return Trainer(
+            net, images(6), torch.arange(6), Recipe(num_steps=2, batch_size=6, lr=0.1),
+            parameters=groups,
+        )  # fmt: skip
+
+    state = trainer(0.1).state_dict()
+    trainer(0.1).load_state_dict(state)
+    with pytest.raises(TrainingError, match="another recipe"):
+        trainer(0.2).load_state_dict(state)
+
+
 def test_blocks_are_found_by_the_library():
     net = net_of()
     assert set(find_blocks(net).names) == set(net.block_names)
@@ -157,6 +190,9 @@ def test_images_that_are_too_small():
         net_of()(images(size=3))
     with pytest.raises(InvalidArgumentError, match="rule"):
         counted_blocks(3, rule="most")
+    for n in (-3, 2.5):
+        with pytest.raises(InvalidArgumentError, match="positive integer"):
+            counted_blocks(n)
 
 
 # -- the network of the theory --------------------------------------------------------------------

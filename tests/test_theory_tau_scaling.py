@@ -107,7 +107,11 @@ def test_a_stationary_law_grows_by_the_same_in_every_block():
         (lambda: log_growth_bounds(math.inf, 2), "tau"),
         (lambda: log_growth_bounds(0.1, 2, -1.0), "variance"),
         (lambda: limit_log_growth(1.0, math.nan), "variance"),
-        (lambda: mean_field_log_growth(0.0, 2), "zero"),
+        (lambda: mean_field_log_growth(0.0, 2), "limit_log_growth"),
+        (lambda: mean_field_log_growth(1e-6, 2), "limit_log_growth"),
+        (lambda: mean_field_log_growth(1e6, 2), "must lie in"),
+        (lambda: log_growth_bounds(1e200, 3), "must not exceed"),
+        (lambda: scaling_factor(10, -400), "range of float64"),
         (lambda: mean_field_log_growth(0.1, -2), "num_blocks"),
     ],
 )

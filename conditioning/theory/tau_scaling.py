@@ -20,6 +20,12 @@ from scipy.special import ndtr
 from conditioning.errors import InvalidArgumentError
 from conditioning.theory._checks import finite_float, positive_int
 
+# Largest exponent of e that float64 holds.
+_LARGEST = 709.0
+# So that squares stay finite.
+_HUGE = 1e100
+# The narrowest and the widest step of a block that the law of a coordinate is followed at.
+_NARROW, _WIDE = 1e-4, 1e4
 # A coordinate beyond so many standard deviations of its law is left out: it would add 1e-13.
 _REACH = 11.0
 _NODES = 6
@@ -52,7 +58,8 @@ def scaling_factor(num_blocks: int, exponent: float, kappa: float = 1.0) -> floa
     Raises
     ------
     InvalidArgumentError
-        If ``num_blocks`` is not a positive integer, or another number is not finite.
+        If ``num_blocks`` is not a positive integer, another number is not finite or the result
+        would not be.
 
     Examples
     --------
@@ -60,7 +67,13 @@ def scaling_factor(num_blocks: int, exponent: float, kappa: float = 1.0) -> floa
     0.1
     """
     count = positive_int(num_blocks, "num_blocks")
-    return finite_float(kappa, "kappa") * math.pow(count, -finite_float(exponent, "exponent"))
+    power = -finite_float(exponent, "exponent") * math.log(count)
+    scale = finite_float(kappa, "kappa")
+    if power > _LARGEST:
+        msg = f"L^(-exponent) leaves the range of float64 at L = {count}, exponent {exponent}."
+        raise InvalidArgumentError(msg)
+    # As a power, because that of a square root is exact more often.
+    return scale * math.pow(count, -float(exponent))
 
 
 def log_growth_bounds(tau: float, num_blocks: int, variance: float = 1.0) -> tuple[float, float]:
@@ -142,7 +155,7 @@ def mean_field_log_growth(tau: float, num_blocks: int, variance: float = 1.0) ->
     Parameters
     ----------
     tau : float
-        Of every branch, not zero.
+        Of every branch.
     num_blocks : int
         ``L``.
     variance : float
@@ -158,13 +171,14 @@ def mean_field_log_growth(tau: float, num_blocks: int, variance: float = 1.0) ->
     Raises
     ------
     InvalidArgumentError
-        If ``tau`` or ``variance`` is zero, a number is not finite or ``num_blocks`` is no
-        positive integer.
+        If the step ``sqrt(variance) * tau`` is below 1e-4 or above 1e4, a number is not finite or
+        ``num_blocks`` is no positive integer.
 
     Notes
     -----
     The law is kept at the nodes of a Gauss-Legendre rule on panels about as wide as a step, so the
-    time grows as ``num_blocks / tau``: some seconds for 1000 blocks at 1/√L. Once the law
+    time grows as ``num_blocks / tau`` and memory as ``1 / tau``: some seconds for 1000 blocks at
+    1/√L. Once the law
     is stationary the rest is a product.
 
     Examples
@@ -173,8 +187,12 @@ def mean_field_log_growth(tau: float, num_blocks: int, variance: float = 1.0) ->
     0.2781
     """
     step = math.sqrt(_step(tau, variance))
-    if not step:
-        raise InvalidArgumentError("tau and variance must not be zero: no block would do anything.")
+    if not _NARROW <= step <= _WIDE:
+        msg = (
+            f"sqrt(variance) * |tau| must lie in [{_NARROW:g}, {_WIDE:g}] for this, got {step:g}; "
+            "for less, limit_log_growth is as good."
+        )
+        raise InvalidArgumentError(msg)
     return _growth_of_law(step, positive_int(num_blocks, "num_blocks"))
 
 
@@ -224,4 +242,8 @@ def _step(tau: float, variance: float) -> float:
     if spread < 0:
         msg = f"variance must not be negative, got {spread}."
         raise InvalidArgumentError(msg)
-    return spread * finite_float(tau, "tau") ** 2
+    size = abs(finite_float(tau, "tau"))
+    if size > _HUGE or spread > _HUGE:
+        msg = f"tau and variance must not exceed {_HUGE:g}, got {tau} and {variance}."
+        raise InvalidArgumentError(msg)
+    return spread * size**2

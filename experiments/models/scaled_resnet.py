@@ -36,13 +36,17 @@ def counted_blocks(n: int, num_stages: int = 3, rule: LRule = "all") -> int:
     Raises
     ------
     InvalidArgumentError
-        If there is no such rule.
+        If a number is not a positive integer, or there is no such rule.
 
     Examples
     --------
     >>> counted_blocks(18)
     54
     """
+    for name, number in (("n", n), ("num_stages", num_stages)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            msg = f"{name} must be a positive integer, got {number!r}."
+            raise InvalidArgumentError(msg)
     if rule not in get_args(LRule):
         msg = f"rule must be one of {', '.join(get_args(LRule))}, got {rule!r}."
         raise InvalidArgumentError(msg)

@@ -127,30 +127,30 @@ PRESETS = {
         train_seeds=4,
     ),
     "short": Sizes(
-        summary="CIFAR-10: ResNet-20, -32 and -56, 10 epochs instead of 200; 3 seeds; an hour on "
+        summary="CIFAR-10: ResNet-20, -32 and -56, 10 epochs instead of 200; 4 seeds; an hour on "
         "a GPU",
         trained=(3, 5, 9),
         trained_free=(3, 5, 9),
         epochs=10.0,
-        train_seeds=3,
+        train_seeds=4,
         **_PAPER_SIZES,
     ),
     "paper": Sizes(
-        summary="CIFAR-10: ResNet-20 to -110, the authors' 200 epochs; 3 seeds; days on a GPU, "
+        summary="CIFAR-10: ResNet-20 to -110, the authors' 200 epochs; 4 seeds; days on a GPU, "
         "less under torchrun",
         trained=(3, 5, 9, 18),
         trained_free=(3, 5, 9, 18),
         epochs=200.0,
-        train_seeds=3,
+        train_seeds=4,
         **_PAPER_SIZES,
     ),
     "1202": Sizes(
-        summary="as paper, with ResNet-1202 beside ResNet-110; one seed of each ResNet; weeks on "
-        "a GPU, less under torchrun",
+        summary="as paper, with ResNet-1202 beside ResNet-110; two seeds of each ResNet, whose "
+        "intervals are wide; weeks on a GPU, less under torchrun",
         trained=(18, 200),
         trained_free=(18, 200),
         epochs=200.0,
-        train_seeds=1,
+        train_seeds=2,
         **_PAPER_SIZES,
     ),
 }

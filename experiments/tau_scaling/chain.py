@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from conditioning.errors import InvalidArgumentError
+
 
 def norms_through(
     taus: Sequence[float],
@@ -48,6 +50,11 @@ def norms_through(
         ``|h_l|/|h_0|``; ``backward`` of ``|g_0|/|g_L|`` for a Gaussian gradient ``g_L``;
         ``steepest`` and ``flattest`` of the largest and the smallest ``|dF/dW_l|`` of the blocks,
         up to a factor that they have in common.
+
+    Raises
+    ------
+    InvalidArgumentError
+        All ReLUs of a net closed, which happens at small widths.
 
     Notes
     -----
@@ -82,6 +89,12 @@ def norms_through(
         log_norm = log_norm + growth
         highest = torch.maximum(highest, log_norm)
     total = log_norm
+    if not bool(total.isfinite().all()):
+        msg = (
+            f"all ReLUs of a net of width {width} closed in one of {num_blocks} blocks, so that "
+            "nothing is left to follow: take a larger width"
+        )
+        raise InvalidArgumentError(msg)
 
     c = normal()
     c = c / torch.linalg.vector_norm(c, dim=-1, keepdim=True)

@@ -47,6 +47,9 @@ _NETS: Mapping[str, tuple[Any, str, str]] = {
     FREE: (plots.PALETTE[3], "^", "from tau = 1"),
 }
 
+# Losses of nets that diverge go on beyond this.
+_TOP = 30.0
+
 
 def draw(out: Path, measured: Sequence[Pair], described: str, verdicts: Sequence[Verdict]) -> None:
     """Draw the four figures."""
@@ -104,8 +107,8 @@ def _norms(path: Path, measured: Sequence[Pair], titles: Titles) -> None:
     beside.set_ylim(-1.5, 2e4)
     left.set_title(
         titles(
-            ("forward.stable", "Forward norm flat in L at 1/√L and below"),
-            ("forward.limit", "and exp(κ²/2) at κ/√L"),
+            ("forward.stable", "Forward norm flat from L = 100 on at 1/√L and below"),
+            ("forward.limit", "with the limit exp(κ²/2) at κ/√L"),
         )
     )
     right.set_title(
@@ -114,7 +117,9 @@ def _norms(path: Path, measured: Sequence[Pair], titles: Titles) -> None:
             ("forward.mean-field", "as the law at large width says"),
         )
     )
-    below.set_title(titles(("backward.stable", "Gradient norm flat in L at 1/√L and below")))
+    below.set_title(
+        titles(("backward.stable", "Gradient norm flat from L = 100 on at 1/√L and below"))
+    )
     beside.set_title(titles(("backward.explodes", "At tau = 1 it grows like the forward norm")))
     left.set_ylim(0.9, 2.35)
     left.legend(loc="upper left", fontsize="small", ncol=2)
@@ -171,7 +176,7 @@ def _products(path: Path, measured: Sequence[Pair], titles: Titles) -> None:
     right.set_ylabel("its logarithm to base 10")
     left.set_title(
         titles(
-            ("product.stable", "Flat in L at 1/√L and below"),
+            ("product.stable", "No growth with L at 1/√L and below"),
             ("product.constant", "but above 2 at 1/√L"),
         )
     )
@@ -202,9 +207,12 @@ def _descent(path: Path, measured: Sequence[Pair], titles: Titles) -> None:
             ax.set_xlabel("step")
             ax.set_ylabel("loss, mean over samples")
             ax.legend(loc="upper right", fontsize="small")
-        top = 30.0
+        lowest = min(
+            float(found.min()) for rule in DESCENDING
+            for found in curves.losses(measured, task, rule).values()
+        )  # fmt: skip
         for ax in row:
-            ax.set_ylim(0.01, top)
+            ax.set_ylim(lowest / 1.5, _TOP)
     (linear, sharp, quarter), (images, images_sharp, images_quarter) = axes
     linear.set_title("Random labels, all samples in a step: tau = 1/L")
     sharp.set_title(
@@ -221,20 +229,20 @@ def _descent(path: Path, measured: Sequence[Pair], titles: Titles) -> None:
 
 
 def _losses(ax: Any, rows: curves.Array, color: Any, label: str) -> None:
-    """Geometric mean over the seeds with the range; a cross where the first net diverged."""
+    """Geometric mean with the range of the nets that do not diverge; a cross for those that do."""
     steps = np.arange(len(rows))
-    good = np.isfinite(rows).all(1)
-    shown = rows[good]
-    ax.plot(steps[good], np.exp(np.log(shown).mean(1)), color=color, linewidth=1.3, label=label)
-    ax.fill_between(
-        steps[good], shown.min(1), shown.max(1), color=color, alpha=0.18, linewidth=0
-    )  # fmt: skip
-    if not good.all():
-        count = int((~np.isfinite(rows[-1])).sum())
-        last = max(int(good.sum()) - 1, 0)
+    alive = np.isfinite(rows[-1])
+    if alive.any():
+        shown = rows[:, alive]
+        ax.plot(steps, np.exp(np.log(shown).mean(1)), color=color, linewidth=1.3, label=label)
+        ax.fill_between(
+            steps, shown.min(1), shown.max(1), color=color, alpha=0.18, linewidth=0
+        )  # fmt: skip
+    if not alive.all():
+        last = int(np.isfinite(rows[:, ~alive]).sum(0).max()) - 1
         ax.plot(
-            [last], [min(float(np.exp(np.log(rows[last]).mean())), 20.0)], "x", color=color,
-            markersize=8, label=f"{count} of {rows.shape[1]} diverge", clip_on=False,
+            [max(last, 0)], [_TOP / 1.5], "x", color=color, markersize=8,
+            label=f"{label}: {(~alive).sum()} of {len(alive)} diverge",
         )  # fmt: skip
 
 
@@ -261,7 +269,7 @@ def _resnets(path: Path, measured: Sequence[Pair], described: str, titles: Title
     left.set_ylim(bottom=0)
     left.set_title(
         titles(
-            ("bn.deep", "tau = 1/√L helps the deep net with BN"),
+            ("bn.deep", "By then 1/√L has helped the deep net with BN"),
             ("bn.gain-grows", "the more, the deeper"),
         )
     )
@@ -273,16 +281,16 @@ def _resnets(path: Path, measured: Sequence[Pair], described: str, titles: Title
         chance = parts(measured, "train")[0][1]["chance"]
         ax.axhline(chance, color="0.4", linewidth=0.9, linestyle=":", label="guessing")
         ax.set_yscale("log")
-        ax.set_ylim(0.02, 30)
+        ax.set_ylim(top=30)
         ax.set_xlabel("step")
         ax.set_ylabel("training loss")
         ax.legend(loc="lower left", fontsize="small")
         title = f"Without BatchNorm, ResNet-{6 * n + 2}"
         if claim is not None:
             title += "\n" + titles(
-                ("free.train", "1/√L trains at every depth"),
-                ("free.without", "1 does not where it is deepest"),
-                ("free.larger", "L^-1/4 is worse there"),
+                ("free.train", "1/√L learns at every depth"),
+                ("free.without", "1 is worse where it is deepest"),
+                ("free.larger", "so is L^-1/4"),
             )
         ax.set_title(title)
     plots.save(figure, path)
@@ -293,8 +301,7 @@ def _curves(ax: Any, cells: Sequence[Pair], net: str) -> None:
     color, _, label = _NETS[net]
     for place, (_, result) in enumerate(cells):
         losses = np.array([number(loss) for loss in np.asarray(result["losses"], float)])
-        stride = max(result["num_steps"] // max(len(losses), 1), 1)
-        steps = stride * np.arange(len(losses))
+        steps = result["stride"] * np.arange(len(losses))
         ax.plot(
             steps, losses, color=color, linewidth=0.9, alpha=0.8,
             label=label if not place else None,

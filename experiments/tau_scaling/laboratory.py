@@ -84,14 +84,14 @@ class Laboratory:
         """Logarithms of norms through nets, each (rules, nets)."""
         taus = [rule.tau(cell["L"]) for rule in RULES.values()]
         found = norms_through(
-            taus, cell["L"], self.sizes.width, cell["seeds"], _seed("norms", cell), self.device
+            taus, cell["L"], self.sizes.width, cell["seeds"], _seed("tau norms", cell), self.device
         )
         return {name: values.cpu().numpy() for name, values in found.items()}
 
     def product(self, cell: Cell) -> dict[str, Any]:
         """The spectral norm of the product of all blocks, and norms through the same net."""
         depth, width = cell["L"], self.sizes.product_width
-        generator = torch.Generator().manual_seed(_seed("product", cell))
+        generator = torch.Generator().manual_seed(_seed("tau product", cell))
         net = TauStack(_FEATURES, width, depth, _OUTPUTS, 1.0, generator=generator)
         x = torch.randn(_SAMPLES, _FEATURES, generator=generator, dtype=torch.float64)
         g = torch.randn(_SAMPLES, width, generator=generator, dtype=torch.float64)
@@ -102,7 +102,7 @@ class Laboratory:
         stack = Stack([RULES[rule].tau(depth) for rule in MULTIPLIED], blocks, inputs)
         norms = {}
         for index, rule in enumerate(MULTIPLIED):
-            found = stack.spectral_norm(index, 0, _seed("start", cell))
+            found = stack.spectral_norm(index, 0, _seed("tau start", cell))
             norms[rule] = {
                 "value": found.largest.value, "low": found.largest.low,
                 "high": found.largest.high, "status": found.status,
@@ -120,15 +120,15 @@ class Laboratory:
         """Full-batch descent on random labels: losses of (steps, rules, seeds)."""
         sizes = self.sizes
         count, samples = cell["seeds"], sizes.descent_samples
-        generator = torch.Generator().manual_seed(_seed("samples", cell))
-        x = torch.randn(count, samples, _FEATURES, generator=generator)
-        x /= torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        labels = torch.randint(_OUTPUTS, (count, samples), generator=generator)
-        y = torch.nn.functional.one_hot(labels, _OUTPUTS).float()
+        generator = torch.Generator().manual_seed(_seed("tau samples", cell))
         lanes = self._lanes(cell, _FEATURES, sizes.descent_width, _OUTPUTS)
-        x, y = (one.to(self.device).tile(len(DESCENDING), 1, 1) for one in (x, y))
+        x = torch.randn(len(lanes), samples, _FEATURES, generator=generator)
+        x /= torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        labels = torch.randint(_OUTPUTS, (len(lanes), samples), generator=generator)
+        y = torch.nn.functional.one_hot(labels, _OUTPUTS).float()
+        x, y = x.to(self.device), y.to(self.device)
         losses = descend(
-            lanes, lambda _, chosen: (x[chosen], y[chosen]), self.rate(sizes.descent_width),
+            lanes, lambda _, chosen: (x[chosen], y[chosen]), _rate(_OUTPUTS, sizes.descent_width),
             sizes.descent_steps,
         )  # fmt: skip
         return {"losses": losses.reshape(len(losses), len(DESCENDING), count).cpu().numpy()}
@@ -143,17 +143,14 @@ class Laboratory:
         lanes = self._lanes(cell, x.shape[1], sizes.image_width, y.shape[1])
         per_epoch = len(x) // sizes.image_batch
         num_steps = max(round(sizes.image_epochs * per_epoch), 1)
-        generator = torch.Generator().manual_seed(_seed("order", cell))
+        generator = torch.Generator().manual_seed(_seed("tau order", cell))
         epochs = -(-num_steps // per_epoch)
-        # Nets of one seed see the same batches.
-        order = torch.stack(
-            [
-                torch.stack([torch.randperm(len(x), generator=generator) for _ in range(epochs)])
-                for _ in range(count)
-            ],
-            dim=1,
-        ).to(self.device)
-        order = order.tile(1, len(DESCENDING), 1)
+        # Every net has its own batches.
+        orders = [
+            [torch.randperm(len(x), generator=generator) for _ in range(len(lanes))]
+            for _ in range(epochs)
+        ]
+        order = torch.stack([torch.stack(one) for one in orders]).to(self.device)
 
         def batch(step: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
             epoch, place = divmod(step, per_epoch)
@@ -161,7 +158,7 @@ class Laboratory:
             some = order[epoch, chosen, first : first + sizes.image_batch]
             return x[some], y[some]
 
-        losses = descend(lanes, batch, self.rate(sizes.image_width), num_steps)
+        losses = descend(lanes, batch, _rate(y.shape[1], sizes.image_width), num_steps)
         wrong = lanes.outputs(held.to(self.device)).argmax(-1).cpu() != test_labels
         errors = wrong.double().mean(1)
         shape = (len(DESCENDING), count)
@@ -170,16 +167,12 @@ class Laboratory:
             "errors": errors.reshape(shape).numpy(),
         }
 
-    def rate(self, width: int) -> float:
-        """Learning rate for the mean loss: 2 d/m, of the order that the theorem gives."""
-        return 2 * _OUTPUTS / width
-
     def _lanes(self, cell: Cell, features: int, width: int, outputs: int) -> Lanes:
-        """Nets of all factors and seeds, those of one factor together; no two share draws."""
+        """Nets of all factors and seeds, those of one factor together."""
         nets = []
         for rule in DESCENDING:
             for seed in range(cell["seeds"]):
-                number = _seed("net", {**cell, "rule": rule, "seed": seed})
+                number = _seed("tau net", {**cell, "rule": rule, "seed": seed})
                 generator = torch.Generator().manual_seed(number)
                 nets.append(
                     TauStack(
@@ -234,16 +227,17 @@ class Laboratory:
         """A training: losses along the way, the error on held-out images, and where tau went."""
         kind, sizes = NETS[cell["net"]], self.sizes
         images, labels, test, test_labels = self.split
+        # Nets of one size and seed share the weights of their convolutions, and their batches.
+        number = _seed("tau resnet", [cell["n"], cell["seed"]])
         net = ScaledResNet(
             cell["n"], kind.rule.tau(counted_blocks(cell["n"], len(sizes.widths))),
             in_channels=images.shape[1], num_classes=self.dataset.num_classes,
             widths=sizes.widths, bn=kind.bn, learnable=not kind.bn,
-            # Nets of one size and seed share the weights of their convolutions.
-            generator=torch.Generator().manual_seed(_seed("resnet", [cell["n"], cell["seed"]])),
+            generator=torch.Generator().manual_seed(number),
             device=self.device,
         )  # fmt: skip
         trainer = Trainer(
-            net, resized(images, sizes.size), labels, self.recipe, seed=cell["seed"],
+            net, resized(images, sizes.size), labels, self.recipe, seed=number,
             transform=pad_and_crop() if sizes.augment else None,
             evaluation=(resized(test, sizes.size), test_labels),
             parameters=net.parameter_groups(),
@@ -261,6 +255,8 @@ class Laboratory:
             "message": result.message,
             "num_steps": result.num_steps,
             "losses": _thinned(result.losses),
+            "stride": _stride(result.losses),
+            "epochs": result.num_steps / trainer.steps_per_epoch,
             "loss": float(np.mean(last)),
             "chance": math.log(self.dataset.num_classes),
             "num_test": len(test),
@@ -272,7 +268,16 @@ class Laboratory:
 
 def _thinned(losses: Sequence[float], limit: int = 500) -> np.ndarray:
     """Losses of so many steps at most, at equal distances."""
-    return np.asarray(losses[:: -(-len(losses) // limit) or 1], float)
+    return np.asarray(losses[:: _stride(losses, limit)], float)
+
+
+def _stride(losses: Sequence[float], limit: int = 500) -> int:
+    return max(-(-len(losses) // limit), 1)
+
+
+def _rate(outputs: int, width: int) -> float:
+    """Learning rate for the mean loss: 2 d/m, of the order that the theorem gives."""
+    return 2 * outputs / width
 
 
 def _seed(purpose: str, cell: Any) -> int:

@@ -24,12 +24,19 @@ _ROUNDING = "float64 rounding through 30 blocks"
 _LOGS = (
     "2 % for the finite width, whose effect is of the order of L tau²/m in the logarithm, and "
     "0.1 for the spread over nets, whose standard deviation is 0.05 to 0.1 at m = 256 where the "
-    "logarithm is of order one; the two bounds are 0.25 apart there"
+    "logarithm is of order one; the two bounds are 0.25 apart there. At 1/√L and L^-0.4 it does "
+    "not tell the law from the upper bound, which is 0.01 to 0.1 above it"
 )
 _LEARN = "below half of the loss of guessing, mean over the last tenth of the steps"
 _PAIRED = (
     "Twins: the same initial convolutions, order of samples and held-out images; difference for "
-    "the same seed, mean over seeds, 95 %. The spread is that over seeds."
+    "the same seed, mean over seeds, 95 %. The spread is that over seeds. It is that after the "
+    "epochs of the preset, see the note: few epochs show who trains faster."
+)
+
+_OVER_SHARP = (
+    "Ratio of the losses over the last tenth of the steps to those from 1/√L; infinite for a "
+    "training that diverged (Hodges and Lehmann, with the exact Mann-Whitney enclosure)."
 )
 
 _checks = [
@@ -65,13 +72,15 @@ _checks = [
     Claim(
         "check.law",
         "derived for this project (experiments.tau_scaling.chain)",
-        CHECK + "norms have the same law in nets with matrices and when only the vectors are "
-        "drawn that the matrices make.",
+        CHECK + "norms have the same mean and spread in nets with matrices and when only the "
+        "vectors are drawn that the matrices make.",
         1.0,
-        Tolerance.within(rtol=0.1),
-        "a tenth; the effects that are measured this way are larger",
-        "Ratio of forward and of backward norms, 300 nets against 300 at 1/√L, 30 blocks, width 64 "
-        "(Hodges and Lehmann, with the exact Mann-Whitney enclosure).",
+        Tolerance.within(rtol=0.25),
+        "a quarter: leaving out either term of the conditional law, or both, changes the gradient "
+        "by a factor of 1.6 or more",
+        "Geometric mean, and standard deviation of the logarithm, of the forward norm, the "
+        "gradient's norm and the ratio of the largest to the smallest gradient of a block; 1500 "
+        "nets against 1500 at tau = 1, 30 blocks, width 24, where it matters most; 95 %.",
     ),
 ]
 
@@ -98,12 +107,12 @@ _norms = [
     Claim(
         "forward.limit",
         _DERIVED,
-        "At kappa/√L the norm grows by exp(kappa²/2), whatever the depth: reflected Brownian "
-        "motion.",
+        "At kappa/√L the norm grows by exp(kappa²/2) in the limit of large depth: reflected "
+        "Brownian motion.",
         "exp(kappa²/2)",
         Tolerance.within(rtol=0.05),
-        "the law at large width and this depth lies within 0.5 % of the limit; 5 % tells it from "
-        "the lower bound, 6 % to 22 % below, and from no growth",
+        "the law at large width lies 0.5 % below the limit at L = 10000; 5 % tells it from the "
+        "lower bound, 6 % to 22 % below, and from no growth",
         "Geometric mean over seeds at the largest L, kappa = 1/2 and 1.",
     ),
     Claim(
@@ -120,21 +129,12 @@ _norms = [
     Claim(
         "forward.bounds",
         _DERIVED,
-        "The growth lies inside the two bounds on its expectation.",
+        CHECK + "the growth lies inside the two bounds on its expectation, which are proved.",
         0.5,
         Tolerance.within(atol=0.5),
         "0 is the lower bound, 1 the upper one",
         "Place of the mean logarithm between the bounds on that of the expectation, at L^-1/4 and "
         "1, at every L. Factors below come too close to the upper bound to be told from it.",
-    ),
-    Claim(
-        "forward.no-log-factor",
-        _FORWARD,
-        "No factor below 1/√L is needed: at 1/L the network does nothing in the limit.",
-        1.0,
-        Tolerance.within(rtol=0.01),
-        "1/(2L) is predicted, 5e-4 from L = 1000 on, and at 1/√L it would be 0.65",
-        "Geometric mean of |h_L|/|h_0| at 1/L, at every L >= 1000.",
     ),
     Claim(
         "converse.growth",
@@ -144,12 +144,13 @@ _norms = [
         Tolerance.at_least(),
         "the claim is a bound",
         "Mean logarithm of the norm over c log L, for c = 0.1, 1/4, 1/2 and every L. The mean "
-        "logarithm lies below the logarithm of the mean, so this is the harder test.",
+        "logarithm lies below the logarithm of the mean, so this is the harder test. The lower "
+        "bound of this project implies it; the paper has it with high probability.",
     ),
     Claim(
         "converse.squared",
         f"{_CONVERSE}; derived for this project",
-        "It grows at least by 1 + L^(2c)/2 in the square.",
+        CHECK + "it grows at least by 1 + L^(2c)/2 in the square, which is proved.",
         1.0,
         Tolerance.at_least(),
         "the claim is a bound",
@@ -171,7 +172,7 @@ _norms = [
         "Without a factor, at tau = 1, every block adds the same number of nats.",
         "mean_field_log_growth / L",
         Tolerance.within(atol=0.01),
-        "finite width takes about 1/(2m) off; doubling the variance of weights would add 0.2",
+        "finite width takes about 1/(2m) off; doubling the variance of weights would add 0.16",
         "Mean of log(|h_L|/|h_0|)/L over seeds at every L >= 1000.",
     ),
     Claim(
@@ -244,10 +245,11 @@ _descent = [
         "At 1/√L the number of steps that descent needs does not grow with the depth.",
         0.0,
         Tolerance.at_most(atol=0.1),
-        "from the shallowest to the deepest net an exponent of 0.1 is a factor of 1.4; of steps "
+        "from the shallowest to the deepest net an exponent of 0.1 is a factor of 1.35; of steps "
         "that follow the depth it would be 1",
         "Steps until the loss is a tenth of that of zero outputs, exponent in L for each seed: "
-        "mean and 95 %. Random labels, all samples in a step, one learning rate for all.",
+        "mean and 95 %; where deep nets do not reach it, the steps made are a lower bound. Random "
+        "labels, all samples in a step, one learning rate for all.",
     ),
     Claim(
         "descent.global",
@@ -284,7 +286,8 @@ _descent = [
         1.0,
         Tolerance.within(),
         "a net learns or not",
-        f"Share of trainings that end {_LEARN}; here half of that of zero outputs.",
+        f"Share of trainings that end {_LEARN}; here half of that of zero outputs. Images have "
+        "norm 1 and the learning rate is 2 d/m, as for random labels.",
     ),
     Claim(
         "images.sharp-faster",
@@ -310,7 +313,8 @@ _resnets = [
     Claim(
         "bn.deep",
         f"{_CIFAR}, with BatchNorm",
-        "With BatchNorm, 1/√L on the branches lowers the error of the deepest ResNet.",
+        "With BatchNorm, 1/√L on the branches lowers the error of the deepest ResNet at the end of "
+        "the preset's epochs.",
         0.0,
         Tolerance.less_than(),
         "no effect would be 0",
@@ -319,7 +323,7 @@ _resnets = [
     Claim(
         "bn.gain-grows",
         f"{_CIFAR}, with BatchNorm",
-        "The deeper the ResNet, the more it gains.",
+        "The deeper the ResNet, the more it gains at that time.",
         0.0,
         Tolerance.more_than(),
         "no effect would be 0",
@@ -328,7 +332,7 @@ _resnets = [
     Claim(
         "bn.degradation",
         f"{_CIFAR}, with BatchNorm",
-        "Without the factor the deepest ResNet is worse than the shallowest.",
+        "Without the factor the deepest ResNet is then worse than the shallowest.",
         0.0,
         Tolerance.more_than(),
         "no effect would be 0; the paper sees this from 110 to 1202 layers",
@@ -337,7 +341,7 @@ _resnets = [
     Claim(
         "bn.no-degradation",
         f"{_CIFAR}, with BatchNorm",
-        "With it the deepest ResNet is not worse than the shallowest.",
+        "With it the deepest ResNet is then not worse than the shallowest.",
         "one standard error of the test set",
         Tolerance.at_most(),
         "√(2 p(1 − p)/m) for m held-out images: less could not be seen on them",
@@ -346,31 +350,31 @@ _resnets = [
     Claim(
         "free.train",
         f"{_CIFAR}, without normalisation",
-        "Without BatchNorm, ResNets of every depth train with one factor for all blocks that "
+        "Without BatchNorm, ResNets of every depth learn with one factor for all blocks that "
         "starts at 1/√L and is trained too.",
         1.0,
-        Tolerance.within(),
-        "a net learns or not",
-        f"Share of trainings that end {_LEARN}.",
+        Tolerance.less_than(),
+        "1 is the loss of guessing",
+        "Loss over the last tenth of the steps in units of guessing, infinite for a training that "
+        "diverged: mean over seeds, 95 %, at every depth.",
     ),
     Claim(
         "free.without",
         f"{_CIFAR}, without normalisation",
-        "Without it, starting at tau = 1, the deepest does not train.",
-        0.0,
-        Tolerance.within(),
-        "a net learns or not",
-        "The same share.",
+        "Starting at tau = 1, the deepest ends at larger losses, or diverges.",
+        1.0,
+        Tolerance.more_than(),
+        "no effect would be 1",
+        _OVER_SHARP,
     ),
     Claim(
         "free.larger",
         f"{_CODE}, its description: a larger tau explodes",
-        "Starting at L^-1/4, the deepest ends at larger losses than when it starts at 1/√L.",
+        "So it does starting at L^-1/4.",
         1.0,
         Tolerance.more_than(),
         "no effect would be 1",
-        "Ratio of the losses over the last tenth of the steps, in units of guessing; infinite for "
-        "a training that diverged (Hodges and Lehmann, with the exact Mann-Whitney enclosure).",
+        _OVER_SHARP,
     ),
 ]
 

@@ -20,7 +20,7 @@ from experiments.claims import (
 )
 from experiments.learning import has_learnt, loss
 from experiments.readings import number, ratio_of_groups
-from experiments.sweep import Pair, name, parts
+from experiments.sweep import Pair, parts
 from experiments.tau_scaling import curves
 from experiments.tau_scaling.nets import BN, BN_TAU, FREE, FREE_QUARTER, FREE_TAU
 from experiments.tau_scaling.rules import (
@@ -69,17 +69,36 @@ def _every(claim: str, found: Sequence[Measured], note: str = "") -> Verdict:
 def _checks(measured: Sequence[Pair]) -> list[Verdict]:
     by_what = {cell["what"]: result for cell, result in parts(measured, "check")}
     rules = by_what["product"]["rules"]
-    law = by_what["law"]
-    ratios = [
-        ratio_of_groups(np.exp(groups["matrices"]), np.exp(groups["vectors"]), run=what)
-        for what, groups in law.items()
-    ]
+    laws = [one for what, groups in by_what["law"].items() for one in _same_law(groups, what)]
     return [
         _every("check.product", [Measured(number(r["outside"]), run=r["rule"]) for r in rules]),
         _every("check.norms", [Measured(number(r["norms"]), run=r["rule"]) for r in rules]),
         decide(BY_ID["check.descent"], Measured(number(by_what["descent"]["error"]))),
-        _every("check.law", ratios),
+        _every("check.law", laws),
     ]
+
+
+def _same_law(groups: Mapping[str, Sequence[float]], what: str) -> list[Measured]:
+    """Ratios of geometric means, and of standard deviations of logarithms, of large groups."""
+    first, second = (np.asarray(groups[name], float) for name in ("matrices", "vectors"))
+    count = len(first) + len(second)
+    error = math.sqrt(first.var(ddof=1) / len(first) + second.var(ddof=1) / len(second))
+    spread = math.log(first.std(ddof=1) / second.std(ddof=1))
+    # The variance of a standard deviation's logarithm depends on the fourth moment.
+    excess = [
+        (float(np.mean((x - x.mean()) ** 4)) / x.var() ** 2 - 1) / (4 * len(x))
+        for x in (first, second)
+    ]
+    return [
+        Measured(
+            math.exp(value), math.exp(value - 1.96 * half), math.exp(value + 1.96 * half),
+            num_runs=count, run=run,
+        )
+        for value, half, run in (
+            (float(first.mean() - second.mean()), error, what),
+            (spread, math.sqrt(sum(excess)), f"spread of {what}"),
+        )
+    ]  # fmt: skip
 
 
 # -- norms --------------------------------------------------------------------------------------
@@ -123,14 +142,12 @@ def _forward(measured: Sequence[Pair]) -> list[Verdict]:
             if rule in (QUARTER, ONE):
                 low, high = theory.log_growth_bounds(tau, depth)
                 places.append(over_runs((2 * values - low) / (high - low), run=run))
-    one = _means(_deep(logs[LINEAR]), LINEAR, lambda _, x: x)
     return [
         _every("forward.stable", [curves.slopes(logs[rule], rule) for rule in BOUNDED]),
         _every("forward.path", [curves.slopes(highest[rule], rule) for rule in BOUNDED]),
         _every("forward.limit", limits, _ratios(logs[SHARP])),
         _every("forward.mean-field", predicted),
         _every("forward.bounds", places),
-        _every("forward.no-log-factor", [_norm(mean) for mean in one]),
     ]
 
 
@@ -175,9 +192,18 @@ def _backward(measured: Sequence[Pair]) -> list[Verdict]:
     )
     return [
         _every("backward.stable", [curves.slopes(logs[rule], rule) for rule in BOUNDED]),
-        _every("backward.spread", [curves.slopes(spread[rule], rule) for rule in BOUNDED]),
+        _every(
+            "backward.spread",
+            [curves.slopes(spread[rule], rule) for rule in BOUNDED],
+            f"from L = 30 on {_shown(curves.slopes(spread[SHARP], SHARP, least=30))} at 1/√L",
+        ),
         _every("backward.explodes", ratios, above),
     ]
+
+
+def _shown(found: Measured) -> str:
+    low, high = found.enclosure
+    return f"{found.value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _product(measured: Sequence[Pair]) -> list[Verdict]:
@@ -216,8 +242,7 @@ def _descent(measured: Sequence[Pair]) -> list[Verdict]:
         depth: curves.steps_to(rows, level)
         for depth, rows in curves.losses(measured, "descent", SHARP).items()
     }
-    # Of a power law in the depth.
-    exponents = curves.slopes({d: np.log(x) for d, x in steps.items()}, SHARP, least=1)
+    exponents = _exponents(steps, measured)
     means = ", ".join(f"{x.mean():.0f} at L={depth}" for depth, x in steps.items())
     reached = {
         f"L={depth} seed={seed}": bool(np.isfinite(step))
@@ -231,6 +256,24 @@ def _descent(measured: Sequence[Pair]) -> list[Verdict]:
         _every("descent.sharp-faster", _ratios_of_losses(measured, "descent")),
         decide_all(BY_ID["descent.diverges"], _diverged(quarter, 100)),
     ]
+
+
+def _exponents(steps: curves.Curves, measured: Sequence[Pair]) -> Measured:
+    """Exponents of a power law in the depth, one for each seed.
+
+    Where deep nets do not reach the level, what is known is that the exponent is at least that of
+    the steps that they made.
+    """
+    made = {d: len(rows) for d, rows in curves.losses(measured, "descent", SHARP).items()}
+    known = {d: np.where(np.isfinite(x), x, made[d]) for d, x in steps.items()}
+    found = curves.slopes({d: np.log(x) for d, x in known.items()}, SHARP, least=1)
+    censored = [depth for depth, x in steps.items() if not np.isfinite(x).all()]
+    if not censored:
+        return found
+    if min(censored) == min(steps):
+        return Measured(math.nan, num_runs=found.num_runs, run=found.run)
+    low, _ = found.enclosure
+    return Measured(found.value, low, math.inf, num_runs=found.num_runs, run=found.run)
 
 
 def _diverged(losses: curves.Curves, least: int) -> dict[str, bool | None]:
@@ -289,6 +332,8 @@ def _with_norm(measured: Sequence[Pair]) -> list[Verdict]:
         f"{np.mean(list(tau[n].values())):.3f} with"
         for n in tau
     )
+    epochs = next(r["epochs"] for _, r in parts(measured, "train", net=BN_TAU))
+    note += f"; after {epochs:.3g} epochs, {_losses(measured, deep)}"
     both = f"n={deep} less n={shallow}"
     if shallow == deep:
         open_ = Measured(math.nan, expected=0.0, num_runs=0, run="one depth only")
@@ -305,27 +350,35 @@ def _with_norm(measured: Sequence[Pair]) -> list[Verdict]:
     ]
 
 
-def _without_norm(measured: Sequence[Pair]) -> list[Verdict]:
-    def learnt(net: str, least: int = 0) -> dict[str, bool | None]:
-        return {
-            name(cell): has_learnt(result)
-            for cell, result in parts(measured, "train", net=net)
-            if cell["n"] >= least
-        }
+def _losses(measured: Sequence[Pair], n: int) -> str:
+    """Training losses of the deepest nets with BatchNorm, for a reader."""
+    means = [
+        np.mean(
+            [
+                loss(result) * result["chance"]
+                for _, result in parts(measured, "train", net=net, n=n)
+            ]
+        )
+        for net in (BN, BN_TAU)
+    ]
+    return f"training losses of ResNet-{6 * n + 2} {means[0]:.2g} without, {means[1]:.2g} with"
 
-    deepest = max(cell["n"] for cell, _ in parts(measured, "train", net=FREE_TAU))
-    quarter, sharp = (
-        [loss(result) for _, result in parts(measured, "train", net=net, n=deepest)]
-        for net in (FREE_QUARTER, FREE_TAU)
-    )
+
+def _without_norm(measured: Sequence[Pair]) -> list[Verdict]:
+    def losses(net: str, n: int) -> list[float]:
+        return [loss(result) for _, result in parts(measured, "train", net=net, n=n)]
+
+    sizes = sorted({cell["n"] for cell, _ in parts(measured, "train", net=FREE_TAU)})
+    learnt = [over_runs(losses(FREE_TAU, n), run=f"n={n}") for n in sizes]
+    deepest = sizes[-1]
+    ratios = {
+        net: ratio_of_groups(losses(net, deepest), losses(FREE_TAU, deepest), run=f"n={deepest}")
+        for net in (FREE, FREE_QUARTER)
+    }
     return [
-        decide_all(BY_ID["free.train"], learnt(FREE_TAU)),
-        decide_all(BY_ID["free.without"], learnt(FREE, deepest), note=_ends(measured, FREE)),
-        decide(
-            BY_ID["free.larger"],
-            ratio_of_groups(quarter, sharp, run=f"n={deepest}"),
-            note=_ends(measured, FREE_QUARTER),
-        ),
+        _every("free.train", learnt, _ends(measured, FREE_TAU)),
+        decide(BY_ID["free.without"], ratios[FREE], note=_ends(measured, FREE)),
+        decide(BY_ID["free.larger"], ratios[FREE_QUARTER], note=_ends(measured, FREE_QUARTER)),
     ]
 
 
@@ -336,6 +389,6 @@ def _ends(measured: Sequence[Pair], net: str) -> str:
         found.setdefault(cell["n"], []).append(dict(result))
     return "; ".join(
         f"n={n}: {sum(r['status'] == 'diverged' for r in rows)} of {len(rows)} diverge, "
-        f"{sum(has_learnt(r) for r in rows)} learn"
+        f"{sum(has_learnt(r) for r in rows)} end below half of the loss of guessing"
         for n, rows in sorted(found.items())
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.errors import ExperimentError
 
@@ -100,3 +100,25 @@ def deterministic_kernels() -> contextlib.AbstractContextManager[Any]:
     return torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
     )
+
+
+def checked_groups(
+    model: nn.Module, groups: Iterable[dict[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Groups of a model's parameters for its optimizer; all in one for None."""
+    if groups is None:
+        return [{"params": list(model.parameters())}]
+    found = [{**group, "params": list(group["params"])} for group in groups]
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) not in own for group in found for parameter in group["params"]):
+        msg = "parameters must be those of the model: another model's would be changed by no step"
+        raise TrainingError(msg)
+    for group in found:
+        factor = group.get("lr_factor", 1.0)
+        if "lr" in group or not 0 <= factor < math.inf:
+            msg = (
+                "the recipe sets the learning rate: a group multiplies it by a finite lr_factor "
+                f">= 0, got {sorted(set(group) - {'params'})} and {factor}"
+            )
+            raise TrainingError(msg)
+    return found

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from experiments.ranks import RankFailedError, Ranks, current, gather, on_first
 from experiments.store import fingerprint
 from experiments.training.evaluate import sums
-from experiments.training.recipe import Loss, Recipe, TrainingError, Transform, casting
+from experiments.training.recipe import (
+    Loss,
+    Recipe,
+    TrainingError,
+    Transform,
+    casting,
+    checked_groups,
+)
 from experiments.training.results import Evaluation, Step, TrainingResult
 
 Callback = Callable[["Trainer", Step], None]
@@ -75,8 +82,8 @@ class Trainer:
         before that is seen: the model has made them, while the result ends at the step that
         diverged. Callbacks are told losses, so with any of them each one is read.
     parameters : iterable of dict, optional
-        Groups as ``torch.optim.SGD`` takes them; all parameters of the model in one by default.
-        ``lr_factor`` in a group multiplies the learning rate of the recipe.
+        Groups of parameters of the model, with an ``lr_factor`` that multiplies the learning rate
+        of the recipe; all of them in one group by default.
 
     Attributes
     ----------
@@ -129,6 +136,7 @@ class Trainer:
         parameters: Iterable[dict[str, Any]] | None = None,
     ) -> None:
         self.ranks = _checked_ranks(ranks, recipe)
+        groups = checked_groups(model, parameters)
         _check(inputs, targets, recipe, evaluation, evaluate_every, sync_every)
         self.model, self.recipe, self.loss, self.seed = model, recipe, loss, seed
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -136,7 +144,7 @@ class Trainer:
         self.transform = transform
         self.callbacks, self.stateful = tuple(callbacks), tuple(stateful)
         self.optimizer = torch.optim.SGD(
-            model.parameters() if parameters is None else parameters,
+            groups,
             lr=recipe.lr,
             momentum=recipe.momentum,
             nesterov=recipe.nesterov,
@@ -357,7 +365,11 @@ class Trainer:
         recipe = sorted(asdict(self.recipe).items())
         data = [tuple(part.shape) for part in (self.inputs, *(self.evaluation or ()))]
         how = (self.evaluate_every, self.ranks.size)
-        return repr((recipe, self.seed, data, shapes, kept, how))
+        factors = [
+            (len(group["params"]), group.get("lr_factor", 1.0))
+            for group in self.optimizer.param_groups
+        ]
+        return repr((recipe, self.seed, data, shapes, kept, how, factors))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a continued training needs to be the same to the last bit."""
