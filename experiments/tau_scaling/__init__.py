@@ -97,7 +97,7 @@ _PAPER_SIZES: dict[str, Any] = {
 
 PRESETS = {
     "quick": Sizes(
-        summary="L up to 10000 for norms and 200 for descent; ResNet-20 to -74 on small images, "
+        summary="L up to 10000 for norms and 160 for descent; ResNet-20 to -74 on small images, "
         "two and a half epochs; 16 seeds, but 8 of products and 4 of what is trained (--seeds "
         "N: N of each); two minutes on two cores",
         seeds=16,
@@ -107,10 +107,10 @@ PRESETS = {
         product_depths=(30, 100, 300, 1000),
         product_width=128,
         product_seeds=8,
-        descent_depths=(10, 30, 100, 200),
+        descent_depths=(10, 40, 160),
         descent_width=64,
         descent_samples=32,
-        descent_steps=250,
+        descent_steps=350,
         image_depths=(10, 30, 100),
         image_width=64,
         image_batch=16,

@@ -84,14 +84,19 @@ class Laboratory:
         """Logarithms of norms through nets, each (rules, nets)."""
         taus = [rule.tau(cell["L"]) for rule in RULES.values()]
         found = norms_through(
-            taus, cell["L"], self.sizes.width, cell["seeds"], _seed("tau norms", cell), self.device
+            taus,
+            cell["L"],
+            self.sizes.width,
+            cell["seeds"],
+            _seed("tau scaling: norms", cell),
+            self.device,
         )
         return {name: values.cpu().numpy() for name, values in found.items()}
 
     def product(self, cell: Cell) -> dict[str, Any]:
         """The spectral norm of the product of all blocks, and norms through the same net."""
         depth, width = cell["L"], self.sizes.product_width
-        generator = torch.Generator().manual_seed(_seed("tau product", cell))
+        generator = torch.Generator().manual_seed(_seed("tau scaling: product", cell))
         net = TauStack(_FEATURES, width, depth, _OUTPUTS, 1.0, generator=generator)
         x = torch.randn(_SAMPLES, _FEATURES, generator=generator, dtype=torch.float64)
         g = torch.randn(_SAMPLES, width, generator=generator, dtype=torch.float64)
@@ -102,7 +107,7 @@ class Laboratory:
         stack = Stack([RULES[rule].tau(depth) for rule in MULTIPLIED], blocks, inputs)
         norms = {}
         for index, rule in enumerate(MULTIPLIED):
-            found = stack.spectral_norm(index, 0, _seed("tau start", cell))
+            found = stack.spectral_norm(index, 0, _seed("tau scaling: start", cell))
             norms[rule] = {
                 "value": found.largest.value, "low": found.largest.low,
                 "high": found.largest.high, "status": found.status,
@@ -120,7 +125,7 @@ class Laboratory:
         """Full-batch descent on random labels: losses of (steps, rules, seeds)."""
         sizes = self.sizes
         count, samples = cell["seeds"], sizes.descent_samples
-        generator = torch.Generator().manual_seed(_seed("tau samples", cell))
+        generator = torch.Generator().manual_seed(_seed("tau scaling: samples", cell))
         lanes = self._lanes(cell, _FEATURES, sizes.descent_width, _OUTPUTS)
         x = torch.randn(len(lanes), samples, _FEATURES, generator=generator)
         x /= torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -143,7 +148,7 @@ class Laboratory:
         lanes = self._lanes(cell, x.shape[1], sizes.image_width, y.shape[1])
         per_epoch = len(x) // sizes.image_batch
         num_steps = max(round(sizes.image_epochs * per_epoch), 1)
-        generator = torch.Generator().manual_seed(_seed("tau order", cell))
+        generator = torch.Generator().manual_seed(_seed("tau scaling: order", cell))
         epochs = -(-num_steps // per_epoch)
         # Every net has its own batches.
         orders = [
@@ -172,7 +177,7 @@ class Laboratory:
         nets = []
         for rule in DESCENDING:
             for seed in range(cell["seeds"]):
-                number = _seed("tau net", {**cell, "rule": rule, "seed": seed})
+                number = _seed("tau scaling: net", {**cell, "rule": rule, "seed": seed})
                 generator = torch.Generator().manual_seed(number)
                 nets.append(
                     TauStack(
@@ -228,7 +233,7 @@ class Laboratory:
         kind, sizes = NETS[cell["net"]], self.sizes
         images, labels, test, test_labels = self.split
         # Nets of one size and seed share the weights of their convolutions, and their batches.
-        number = _seed("tau resnet", [cell["n"], cell["seed"]])
+        number = _seed("tau scaling: resnet", [cell["n"], cell["seed"]])
         net = ScaledResNet(
             cell["n"], kind.rule.tau(counted_blocks(cell["n"], len(sizes.widths))),
             in_channels=images.shape[1], num_classes=self.dataset.num_classes,

@@ -314,7 +314,7 @@ def errors(measured: Sequence[Pair], net: str) -> dict[int, dict[int, float]]:
 
 
 def _differences(
-    first: Mapping[int, float], second: Mapping[int, float], run: str, expected: float | None = None
+    first: Mapping[int, float], second: Mapping[int, float], run: str, expected: float
 ) -> Measured:
     seeds = sorted(set(first) & set(second))
     return over_runs([first[s] - second[s] for s in seeds], expected=expected, run=run)
@@ -324,7 +324,6 @@ def _with_norm(measured: Sequence[Pair]) -> list[Verdict]:
     plain, tau = errors(measured, BN), errors(measured, BN_TAU)
     shallow, deep = min(tau), max(tau)
     images = next(r["num_test"] for _, r in parts(measured, "train", net=BN_TAU))
-    gains = {n: {seed: plain[n][seed] - tau[n][seed] for seed in plain[n]} for n in (shallow, deep)}
     p = float(np.mean(list(tau[shallow].values())))
     slack = math.sqrt(2 * p * (1 - p) / images)
     note = "; ".join(
@@ -334,16 +333,23 @@ def _with_norm(measured: Sequence[Pair]) -> list[Verdict]:
     )
     epochs = next(r["epochs"] for _, r in parts(measured, "train", net=BN_TAU))
     note += f"; after {epochs:.3g} epochs, {_losses(measured, deep)}"
-    both = f"n={deep} less n={shallow}"
+
+    def counted(of_seed: Mapping[int, float]) -> curves.Array:
+        return np.array([error + 0.5 / images for error in of_seed.values()])
+
+    gains = {n: counted(plain[n]) / counted(tau[n]) for n in (shallow, deep)}
     if shallow == deep:
-        open_ = Measured(math.nan, expected=0.0, num_runs=0, run="one depth only")
-        grows = degrades = keeps = open_
+        # A depth is not compared with itself.
+        grows = degrades = Measured(math.nan, num_runs=0)
+        keeps = replace(grows, expected=slack)
     else:
-        grows = _differences(gains[deep], gains[shallow], both)
-        degrades = _differences(plain[deep], plain[shallow], both)
+        both = f"n={deep} against n={shallow}"
+        grows = ratio_of_groups(gains[deep], gains[shallow], run=both)
+        degrades = ratio_of_groups(counted(plain[deep]), counted(plain[shallow]), run=both)
         keeps = _differences(tau[deep], tau[shallow], both, slack)
+    lower = ratio_of_groups(counted(tau[deep]), counted(plain[deep]), run=f"n={deep}")
     return [
-        decide(BY_ID["bn.deep"], _differences(tau[deep], plain[deep], f"n={deep}"), note=note),
+        decide(BY_ID["bn.deep"], lower, note=note),
         decide(BY_ID["bn.gain-grows"], grows),
         decide(BY_ID["bn.degradation"], degrades),
         decide(BY_ID["bn.no-degradation"], keeps),
