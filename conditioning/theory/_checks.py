@@ -102,6 +102,9 @@ def finite_float(value: float, name: str) -> float:
     except (TypeError, ValueError) as error:
         msg = f"{name} must be a real number, got {type(value).__name__}."
         raise InvalidArgumentError(msg) from error
+    except OverflowError as error:
+        msg = f"{name} must be finite, and it leaves the range of float64."
+        raise InvalidArgumentError(msg) from error
     if not math.isfinite(number):
         msg = f"{name} must be finite, got {number}."
         raise InvalidArgumentError(msg)

@@ -64,9 +64,12 @@ def norm_second_moment(depth: int, alpha: float) -> float:
 def deviation_second_moment(depth: int, alpha: float) -> float:
     r"""Second moment :math:`E |h_L - h_0|^2 / |h_0|^2 = (1 + \alpha^2 / 2)^L - 1`.
 
-    As :func:`norm_second_moment`, since ``h`` is a martingale. For the gradient in place of the
-    output, and the last layer in place of the first, it holds up to relative corrections of order
-    ``1/d``: later gates depend on the weights of earlier layers. Source: derived here.
+    As :func:`norm_second_moment`, since ``h`` is a martingale. It is that of the gradient, too,
+    with the last layer in place of the first: exact for an output vector with independent,
+    identically distributed, symmetric entries. For a fixed ``u``, each block multiplies
+    :math:`E |J u|^2` by :math:`1 + \alpha^2 / 2`, since a row ``w`` of the inner matrix and ``-w``
+    are as likely, share :math:`(w \cdot u)^2` and have opposite gates; and :math:`E J u = u`. So
+    :math:`E \|J - I\|_F^2 = d ((1 + \alpha^2 / 2)^L - 1)`. Source: derived here.
 
     Parameters
     ----------
@@ -89,7 +92,11 @@ def deviation_second_moment(depth: int, alpha: float) -> float:
 
 def _log_moment(depth: int, alpha: float) -> float:
     count, factor = positive_int(depth, "depth"), finite_float(alpha, "alpha")
-    return count * math.log1p(factor * factor / 2)
+    growth = math.log1p(factor * factor / 2)
+    try:
+        return count * growth
+    except OverflowError:  # more layers than float64 can count
+        return math.inf if growth > 0 else 0.0
 
 
 def limit_log_norm_law(width: int) -> tuple[float, float]:
@@ -99,6 +106,11 @@ def limit_log_norm_law(width: int) -> tuple[float, float]:
     :math:`dH = |H| / \sqrt{2d}\, dB`, a time-changed geometric Brownian motion:
     :math:`\log(|H_1|^2 / |H_0|^2) \sim N(1/2 - 1/d,\; 2/d)`. Source: the limit is that of Marion
     et al.; this solution of it is derived here (Ito's formula).
+
+    The gradient of an isotropic output vector has the same law. A tangent ``u`` of fixed start has
+    the noise :math:`|u| / \sqrt{2d}\, dB` whatever the state, as half of a row's variance passes
+    its gate; and :math:`|J^T g| / |g|` has the law of :math:`|J u| / |u|` for isotropic ``g`` and
+    ``u``, since ``J`` and its transpose share their singular values (derived here).
 
     Parameters
     ----------
@@ -136,7 +148,7 @@ def limit_norm_ratio_density(ratio: ArrayLike, width: int) -> Array:
     Returns
     -------
     ndarray of the same shape
-        That of a log-normal law; 0 where ``ratio`` is not positive.
+        That of a log-normal law; 0 where ``ratio`` is not positive, NaN where it is NaN.
 
     Raises
     ------
@@ -145,12 +157,12 @@ def limit_norm_ratio_density(ratio: ArrayLike, width: int) -> Array:
     """
     mean, variance = limit_log_norm_law(width)
     place = np.asarray(ratio, dtype=np.float64)
-    positive = np.where(place > 0, place, 1.0)
+    positive = np.where(place <= 0, 1.0, place)
     # The logarithm of the norm is half that of its square.
     spread = math.sqrt(variance) / 2
     score = (np.log(positive) - mean / 2) / spread
     density = np.exp(-(score**2) / 2) / (positive * spread * math.sqrt(2 * math.pi))
-    return np.where(place > 0, density, 0.0)
+    return np.where(place <= 0, 0.0, density)
 
 
 # -------------------------------------------------------------------- correlated weights
@@ -217,9 +229,9 @@ def relu_correlation(correlation: ArrayLike) -> Array:
 def gate_correlation(correlation: ArrayLike) -> Array:
     r"""Probability that two standard normal variables are positive, times their correlation.
 
-    :math:`r (\pi - \arccos r) / (2 \pi)`: what :func:`relu_correlation` is for outputs, this is
-    for gradients, of which an inner matrix sees the direction of the state in one component only.
-    Source: derived here.
+    :math:`r (\pi - \arccos r) / (2 \pi)`: what a gate leaves of those components of a row of an
+    inner matrix that are orthogonal to the state, while that along the state has
+    :func:`relu_correlation`. Source: derived here.
 
     Parameters
     ----------
@@ -241,14 +253,21 @@ def gate_correlation(correlation: ArrayLike) -> Array:
 
 
 def first_order_sum(
-    depth: int, hurst: float, block: str = "res-3", *, gradient: bool = False
+    depth: int,
+    hurst: float,
+    block: str = "res-3",
+    *,
+    gradient: bool = False,
+    width: int | None = None,
 ) -> float:
     r"""``S`` in :math:`E |h_L - h_0|^2 / |h_0|^2 = \alpha^2 S + O(\alpha^3)`.
 
-    :math:`S = \sum_{k, l} \rho_H(k - l)\, c(\rho_H(k - l))`, with c = 1/2 for res-1, where output
-    and gradient are alike. For res-3 the inner matrices decorrelate the branches: c is
-    :func:`relu_correlation` for the output, and :func:`gate_correlation` for the gradient, up to
-    corrections of order ``1/d``. Source: derived here.
+    :math:`S = \sum_{k, l} \rho_H(k - l)\, c(\rho_H(k - l))`, with c = 1/2 for res-1, where to this
+    order output and gradient are alike. For res-3 the inner matrices decorrelate the branches, by
+    :func:`relu_correlation` for the output. For the gradient that is so for one component of a row
+    of ``W``, along the state, and by :func:`gate_correlation` for the others:
+    :math:`S = (1 - 1/d)\, S_{gate} + (1/d)\, S_{relu}`. Exact for normal entries. Source: derived
+    here.
 
     Parameters
     ----------
@@ -259,6 +278,8 @@ def first_order_sum(
     block : {"res-1", "res-3"}
     gradient : bool
         For the gradient, ``|g_0 - g_L|^2 / |g_L|^2``, in place of the output.
+    width : int, optional
+        ``d``, which counts for gradients of res-3 only; left out, its limit.
 
     Returns
     -------
@@ -268,8 +289,8 @@ def first_order_sum(
     Raises
     ------
     InvalidArgumentError
-        If ``depth`` is not a positive integer, ``hurst`` lies outside (0, 1), or there is no such
-        block.
+        If ``depth`` or ``width`` is not a positive integer, ``hurst`` lies outside (0, 1), or there
+        is no such block.
 
     Examples
     --------
@@ -277,12 +298,20 @@ def first_order_sum(
     500.0
     >>> round(first_order_sum(1000, 0.9, "res-1") / 1000**1.8, 6)
     0.5
+    >>> [round(first_order_sum(1000, 0.8, gradient=True, width=d)) for d in (1, 10, None)]
+    [11879, 3055, 2074]
     """
     count = positive_int(depth, "depth")
+    share = _share_along(width)
     lags = np.arange(count)
-    rho = fgn_autocovariance(hurst, lags)
-    kernel = gate_correlation if gradient else relu_correlation
-    weight = kernel(rho) if _block(block) == "res-3" else np.full(count, 0.5)
+    # Differences of large powers leave more rounding than there is room below 1.
+    rho = np.clip(fgn_autocovariance(hurst, lags), -1.0, 1.0)
+    if _block(block) == "res-1":
+        weight = np.full(count, 0.5)
+    elif gradient:
+        weight = (1 - share) * gate_correlation(rho) + share * relu_correlation(rho)
+    else:
+        weight = relu_correlation(rho)
     pairs = np.where(lags == 0, count, 2 * (count - lags))
     return float(np.sum(pairs * rho * weight))
 
@@ -293,6 +322,7 @@ def critical_beta(
     block: str = "res-3",
     *,
     gradient: bool = False,
+    width: int | None = None,
     compounded: bool = True,
 ) -> float:
     r"""Scaling exponent at which the output has moved as far as its own norm.
@@ -306,7 +336,7 @@ def critical_beta(
     ----------
     depth : int
         ``L``, at least 2.
-    hurst, block, gradient
+    hurst, block, gradient, width
         As there.
     compounded : bool
         Whether the growth is compounded.
@@ -328,38 +358,59 @@ def critical_beta(
     (0.45, 0.476)
     >>> round(critical_beta(1000, 0.8), 3), round(critical_beta(1000, 0.8, gradient=True), 3)
     (0.706, 0.579)
+    >>> round(critical_beta(1000, 0.8, gradient=True, width=40), 3)
+    0.587
     """
     count = positive_int(depth, "depth", at_least=2)
     level = math.log(2) if compounded else 1.0
-    moment = first_order_sum(count, hurst, block, gradient=gradient)
+    moment = first_order_sum(count, hurst, block, gradient=gradient, width=width)
     return math.log(moment / level) / (2 * math.log(count))
 
 
-def critical_exponent(hurst: float, block: str = "res-3", *, gradient: bool = False) -> float:
+def critical_exponent(
+    hurst: float, block: str = "res-3", *, gradient: bool = False, width: int | None = None
+) -> float:
     r"""Limit of :func:`critical_beta` for large depth.
 
-    H for res-1; max(1/2, H) for outputs and max(1/2, 2H - 1) for gradients of res-3.
+    H for res-1; max(1/2, H) for res-3, gradients included. Where the width tends to infinity before
+    the depth does, max(1/2, 2H - 1) for gradients of res-3.
 
     Parameters
     ----------
-    hurst, block, gradient
+    hurst, block, gradient, width
         As there.
 
     Returns
     -------
     float
 
+    Raises
+    ------
+    InvalidArgumentError
+        As there.
+
+    Examples
+    --------
+    >>> critical_exponent(0.875, gradient=True, width=40), critical_exponent(0.875, gradient=True)
+    (0.875, 0.75)
+
     Notes
     -----
     Marion et al. describe the shape of the line of outputs of res-3. The exponents are derived
     here, from the growth of :func:`first_order_sum`: at long distances :math:`\rho_H` is small,
-    and c tends to 1/(2 pi) for outputs but to :math:`\rho_H / 4` for gradients. The plateau below
+    and c tends to 1/(2 pi) for outputs, but to :math:`\rho_H / 4` for gradients, up to 1/d of the
+    former, which wins at last: only beyond a depth that grows with the width. The plateau below
     H = 1/2 is made by the inner matrix: without it negatively correlated branches cancel.
     """
-    value = _hurst(hurst)
+    value, share = _hurst(hurst), _share_along(width)
     if _block(block) == "res-1":
         return value
-    return max(0.5, 2 * value - 1 if gradient else value)
+    return max(0.5, 2 * value - 1 if gradient and share == 0 else value)
+
+
+def _share_along(width: int | None) -> float:
+    """Share of the components of a vector that lie along a given one."""
+    return 0.0 if width is None else 1 / positive_int(width, "width")
 
 
 def _correlation(correlation: ArrayLike) -> Array:

@@ -35,14 +35,16 @@ class Sizes(Preset):
         d of nets that are only initialised.
     depths, smooth_depths : tuple of int
         L of nets with independent, and with smooth weights.
-    nets, together : int
-        So many at each depth, in cells of so many.
-    iid_betas, smooth_betas : tuple of three floats
-        Scalings below, at and above the critical one, rising.
+    nets, smooth_nets, together : int
+        So many at each of those depths, in cells of so many.
+    iid_betas, smooth_betas : tuple of float
+        Scalings; those that claims are about, 1/4, 1/2 and 1, and 1/2, 1 and 2, are among them.
     law_width, law_depth, law_nets : int
         Nets whose norms are compared with the log-normal law.
     chain_width, chain_depth, chain_nets : int
         The same for the norms' Markov chain.
+    growth_depths, growth_nets : tuple of int, int
+        The same chain at the scaling 1/4, at the width of the nets.
     order_width, order_nets : int
     order_depths : tuple of int
         Each twice the one before; each is compared with the next, the last with twice itself.
@@ -66,15 +68,18 @@ class Sizes(Preset):
     depths: tuple[int, ...]
     smooth_depths: tuple[int, ...]
     nets: int
+    smooth_nets: int
     together: int
-    iid_betas: tuple[float, float, float] = (0.25, 0.5, 1.0)
-    smooth_betas: tuple[float, float, float] = (0.5, 1.0, 2.0)
+    iid_betas: tuple[float, ...] = (0.25, 0.5, 1.0)
+    smooth_betas: tuple[float, ...] = (0.5, 1.0, 2.0)
     law_width: int
     law_depth: int
     law_nets: int
     chain_width: int
     chain_depth: int
     chain_nets: int
+    growth_depths: tuple[int, ...]
+    growth_nets: int
     order_width: int
     order_nets: int
     order_depths: tuple[int, ...]
@@ -98,6 +103,20 @@ class Sizes(Preset):
 
     def __post_init__(self) -> None:
         """Reject sizes that make no sense."""
+        swept: tuple[tuple[float, ...], ...] = (
+            self.depths, self.smooth_depths, self.growth_depths, self.iid_betas, self.smooth_betas,
+            self.map_hursts, self.map_betas, self.train_hursts, self.train_betas,
+        )  # fmt: skip
+        depths = (
+            *self.depths, *self.smooth_depths, *self.order_depths, *self.growth_depths,
+            self.map_depth, self.train_depth, self.regularity_depth, self.law_depth,
+            self.chain_depth,
+        )  # fmt: skip
+        counts = (
+            "width", "nets", "smooth_nets", "together", "law_width", "chain_width", "order_width",
+            "order_nets", "map_nets", "map_inputs", "train_width", "regularity_epochs",
+            "train_epochs", "hursts_together", "batch",
+        )  # fmt: skip
         problems = {
             "order_depths must double": any(
                 2 * a != b for a, b in itertools.pairwise(self.order_depths)
@@ -107,14 +126,20 @@ class Sizes(Preset):
             "values of H must lie in (0, 1)": not all(
                 0 < hurst < 1 for hurst in (*self.map_hursts, *self.train_hursts)
             ),
-            "map_hursts, map_betas, depths and smooth_depths must rise": any(
-                list(some) != sorted(set(some))
-                for some in (self.map_hursts, self.map_betas, self.depths, self.smooth_depths)
+            "values of H, betas and depths that are swept must rise": any(
+                list(some) != sorted(set(some)) for some in swept
             ),
-            "depths must be at least 8": min(
-                (*self.depths, *self.smooth_depths, *self.order_depths, self.map_depth,
-                 self.train_depth, self.regularity_depth, self.law_depth, self.chain_depth)
-            ) < 8,
+            "... and be two or more of each": any(len(some) < 2 for some in swept),
+            "depths must be at least 8": min(depths, default=8) < 8,
+            "iid_betas must contain 0.25, 0.5 and 1": not {0.25, 0.5, 1} <= {*self.iid_betas},
+            "smooth_betas must contain 0.5, 1 and 2": not {0.5, 1, 2} <= {*self.smooth_betas},
+            "train_rates must be positive, one or more": not self.train_rates
+            or not all(0 < rate < math.inf for rate in (*self.train_rates, self.regularity_rate)),
+            "law_nets, chain_nets and growth_nets must be 2 or more": min(
+                self.law_nets, self.chain_nets, self.growth_nets
+            ) < 2,
+            **{f"{name} must be at least 1": getattr(self, name) < 1 for name in counts},
+            "samples must be None or at least 1": self.samples is not None and self.samples < 1,
         }  # fmt: skip
         found = [problem for problem, there in problems.items() if there]
         if found:
@@ -128,24 +153,27 @@ _DEPTHS = (10, 120, 230, 340, 450, 560, 670, 780, 890, 1000)
 PRESETS = {
     "quick": Sizes(
         summary="initialisation at the paper's depths (L = 1000, d = 40); nets of depth 64 and 128 "
-        "trained on digits; a minute and a half on one core",
+        "trained on digits; some 100 seconds on one core",
         seeds=4,
         width=40,
         depths=_DEPTHS,
         smooth_depths=(10, 120, 340, 670, 1000),
-        nets=50,
+        nets=80,
+        smooth_nets=50,
         together=10,
-        law_width=40,
+        law_width=10,
         law_depth=200,
-        law_nets=400,
+        law_nets=4000,
         chain_width=100,
         chain_depth=1000,
-        chain_nets=10000,
+        chain_nets=20000,
+        growth_depths=(100, 300, 1000),
+        growth_nets=5000,
         order_width=20,
         order_nets=24,
         order_depths=(16, 32, 64, 128, 256, 512),
         map_depth=1000,
-        map_nets=10,
+        map_nets=16,
         map_inputs=1,
         map_hursts=_HURSTS,
         map_betas=tuple(round(0.05 * place, 2) for place in range(27)),
@@ -169,13 +197,16 @@ PRESETS = {
         depths=_DEPTHS,
         smooth_depths=_DEPTHS,
         nets=50,
+        smooth_nets=50,
         together=10,
         law_width=100,
         law_depth=1000,
         law_nets=10000,
         chain_width=100,
         chain_depth=1000,
-        chain_nets=10000,
+        chain_nets=20000,
+        growth_depths=(100, 300, 1000),
+        growth_nets=5000,
         order_width=40,
         order_nets=24,
         order_depths=(16, 32, 64, 128, 256, 512),
@@ -222,13 +253,17 @@ def cells(sizes: Sizes, seeds: int) -> list[dict[str, Any]]:
         for limit, block in LIMITS
     ]
     found += [{"part": "chain", "L": sizes.chain_depth, "d": sizes.chain_width}]
-    groups = _groups(sizes.nets, sizes.together)
-    found += [{"part": "iid", "L": depth, **group} for depth in sizes.depths for group in groups]
+    found += [{"part": "growth", "L": depth, "d": sizes.width} for depth in sizes.growth_depths]
+    found += [
+        {"part": "iid", "L": depth, **group}
+        for depth in sizes.depths
+        for group in _groups(sizes.nets, sizes.together)
+    ]
     found += [
         {"part": "smooth", "variant": variant, "L": depth, **group}
         for depth in sizes.smooth_depths
         for variant in VARIANTS
-        for group in groups
+        for group in _groups(sizes.smooth_nets, sizes.together)
     ]
     per_net = 2 * sizes.law_width**2 * sizes.law_depth
     law = _groups(sizes.law_nets, max(1, int(_LARGEST / per_net)))
@@ -266,6 +301,8 @@ def _cost(cell: Mapping[str, Any], sizes: Sizes) -> float:
     if kind in ("iid", "smooth"):
         faster = 1.0 if kind == "iid" else 0.7
         return 1.7e-4 * faster * float(cell["L"]) * (1 + nets / 4) * (sizes.width / 40) ** 2
+    if kind == "growth":
+        return 2e-7 * sizes.growth_nets * float(cell["L"])
     if kind == "law":
         return 4e-8 * nets * sizes.law_depth * sizes.law_width**2
     if kind == "map":
@@ -299,7 +336,6 @@ def run(options: Options) -> list[Verdict]:
     context = {
         "sizes": sizes,
         "data": options.dataset.name,
-        "classes": options.dataset.num_classes,
         "commonest": commonest_share(laboratory.split[3].tolist()),
     }
     decided = verdicts.decide_claims(measured, context)

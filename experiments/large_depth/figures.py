@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from conditioning import plots, theory
-from experiments.claims import Verdict
+from experiments.claims import Verdict, over_runs
 from experiments.large_depth import maps
 from experiments.large_depth.verdicts import KEYS, by_depth, distances, law_logs
 from experiments.report import Titles
@@ -21,6 +20,7 @@ Drawn = tuple[Path, Sequence[Pair], Mapping[str, Any], Titles]
 _MOVEMENTS = {"output": r"$|h_L - h_0| / |h_0|$", "gradient": r"$|g_0 - g_L| / |g_L|$"}
 _NORMS = {"output": r"$|h_L| / |h_0|$", "gradient": r"$|g_0| / |g_L|$"}
 # Of the scalings below, at and above the critical one.
+_EDGE = 1e-300
 _COLORS = (plots.PALETTE[3], plots.PALETTE[0], plots.PALETTE[2])
 
 
@@ -40,28 +40,30 @@ def draw(
         maps.accuracy(*drawn)
 
 
-def _curve(ax: Any, found: Mapping[int, Any], place: int, label: str, **more: Any) -> None:
-    """Means over nets with their 95 % interval."""
+def _curve(
+    ax: Any, found: Mapping[int, Any], place: int, label: str, *, power: int = 1, **more: Any
+) -> None:
+    """Means over nets with their 95 % interval; with power 2 roots of those of squares."""
     depths = list(found)
-    values = [np.exp(found[depth][:, place]) for depth in depths]
-    means = np.array([one.mean() for one in values])
-    halves = np.array(
-        [
-            stats.t.ppf(0.975, len(one) - 1) * one.std(ddof=1) / len(one) ** 0.5
-            if len(one) > 1
-            else 0.0
-            for one in values
-        ]
-    )
-    color = _COLORS[place]
+    means = [
+        over_runs(np.exp(power * found[depth][:, place]).tolist()) for depth in depths
+    ]  # fmt: skip
+    middle = np.array([one.value for one in means]) ** (1 / power)
+    ends = np.array([one.enclosure for one in means]).T
+    # An interval that reaches 0 is drawn down to the edge; where there is none, nothing is.
+    ends = np.where(np.isfinite(ends), np.maximum(ends, _EDGE), np.nan) ** (1 / power)
+    color = _COLORS[place % len(_COLORS)]
     style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.2, **more}
-    ax.plot(depths, means, label=label, **style)
-    low = np.maximum(means - halves, means / 100)
-    ax.fill_between(depths, low, means + halves, color=color, alpha=0.2, linewidth=0)
+    ax.plot(depths, middle, label=label, **style)
+    ax.fill_between(depths, *ends, color=color, alpha=0.2, linewidth=0)
 
 
 def _finish(ax: Any, ylabel: str) -> None:
     ax.set_yscale("log")
+    heights = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in ax.lines])
+    seen = heights[np.isfinite(heights) & (heights > 0)]
+    if len(seen):
+        ax.set_ylim(seen.min() / 2, seen.max() * 2)
     ax.set_xlabel("depth L")
     ax.set_ylabel(ylabel)
 
@@ -77,20 +79,23 @@ def _independent(
     ):
         found = by_depth(measured, "iid", key)
         for place, beta in enumerate(sizes.iid_betas):
-            _curve(ax, found, place, f"β = {beta:g}, mean of {sizes.nets} nets and 95 %")
+            label = f"β = {beta:g}, root mean square of {sizes.nets} nets and 95 %"
+            _curve(ax, found, place, label, power=2)
             exact = [
                 theory.deviation_second_moment(depth, theory.scaling_factor(depth, beta)) ** 0.5
                 for depth in grid.tolist()
             ]
             ax.plot(grid, exact, "--", color="0.25", linewidth=1, zorder=1)
         ax.plot([], [], "--", color="0.25", linewidth=1, label="root of the exact second moment")
-        _finish(ax, f"movement {_MOVEMENTS[key]}")
+        _finish(ax, f"root mean square of {_MOVEMENTS[key]}")
         ax.set_title(
             titles(
                 (f"{prefix}.identity", "β = 1 → identity, as L^(−1/2)"),
                 (f"{prefix}.balanced", "β = 1/2 stays bounded"),
                 (f"{prefix}.explodes", "β = 1/4 explodes"),
-                (f"moment.{moments}balanced", "exact second moment at β = 1/2"),
+                (f"moment.{moments}identity", "exact second moment at β = 1"),
+                (f"moment.{moments}balanced", "... at β = 1/2"),
+                (f"moment.{moments}explosion", "... at β = 1/4"),
             )
         )
     handles, labels = axes[0].get_legend_handles_labels()
@@ -114,7 +119,10 @@ def _smooth(
         for key, line in zip(KEYS, ("-", ":"), strict=True):
             found = by_depth(measured, "smooth", key, variant=variant)
             for place, beta in enumerate(sizes.smooth_betas):
-                mark = {"marker": "o" if key == "output" else "v", "linestyle": line}
+                mark: dict[str, Any] = {
+                    "marker": "o" if key == "output" else "v",
+                    "linestyle": line,
+                }
                 _curve(ax, found, place, f"β = {beta:g}, {key}", **mark)
         _finish(ax, "relative movement from first to last layer")
         ax.set_title(names[variant])
@@ -126,7 +134,7 @@ def _smooth(
         ("smooth.shallow", "... nor from L = 10 on"),
         ("smooth.explodes", "β = 1/2 explodes"),
     )
-    head = f"mean of {sizes.nets} res-3 nets of width {sizes.width} and 95 %"
+    head = f"mean of {sizes.smooth_nets} res-3 nets of width {sizes.width} and 95 %"
     figure.suptitle(f"{title}\n{head}", x=0.01, ha="left", fontsize="medium")
     plots.save(figure, out / "smooth.png")
 
@@ -150,7 +158,11 @@ def _law(out: Path, measured: Sequence[Pair], context: Mapping[str, Any], titles
             ("law.gradient-mean", "gradient: mean log = 1/4 − 1/(2d)"),
             ("law.gradient-spread", "its deviation = 1/√(2d)"),
         ),
-        (("law.shape", "log-normal: Kolmogorov distance below 0.05"),),
+        (
+            ("law.shape", "log-normal: Kolmogorov distance ≤ 0.025"),
+            ("law.chain-mean", "mean log = 1/4 − 1/(2d)"),
+            ("law.chain-spread", "its deviation = 1/√(2d)"),
+        ),
     )
     for ax, (logs, width, label, what), head in zip(axes, panels, heads, strict=True):
         ratios = np.exp(logs)
@@ -171,7 +183,10 @@ def _law(out: Path, measured: Sequence[Pair], context: Mapping[str, Any], titles
         ax.legend(loc="upper right", fontsize="x-small")
     axes[0].set_ylabel("density")
     figure.suptitle(
-        "Independent weights, β = 1/2: norms are log-normal", x=0.01, ha="left", fontsize="medium"
+        "Norms of nets with independent weights, β = 1/2, against the log-normal law of the limit",
+        x=0.01,
+        ha="left",
+        fontsize="medium",
     )
     plots.save(figure, out / "log_normal.png")
 

@@ -55,6 +55,7 @@ class Laboratory:
             "check": lambda cell: checks.measure(cell, _generator(cell)),
             "paths": self.paths,
             "chain": self.chain,
+            "growth": self.growth,
             "order": self.order,
             "iid": self.independent,
             "smooth": self.smooth,
@@ -124,6 +125,12 @@ class Laboratory:
         depth = self.sizes.chain_depth
         alpha, rng = scaling_factor(depth, 0.5), np.random.default_rng(_seed(cell))
         return {"logs": np.sort(norm_chain(depth, width, alpha, nets, rng))}
+
+    def growth(self, cell: Cell) -> dict[str, Any]:
+        """Norms of that chain at beta = 1/4."""
+        depth, width = cell["L"], self.sizes.width
+        alpha, rng = scaling_factor(depth, 0.25), np.random.default_rng(_seed(cell))
+        return {"logs": norm_chain(depth, width, alpha, self.sizes.growth_nets, rng)}
 
     def map(self, cell: Cell) -> dict[str, Any]:
         """Decimal logarithms at every scaling, means over inputs, shape (nets, betas)."""
@@ -227,6 +234,7 @@ class Laboratory:
             "before": path_exponent(before),
             "after": path_exponent(after),
             "change": path_exponent(after - before),
+            "if_smooth": self._if_smooth(before, after - before, generator),
             "moved": float((after - before).norm() / before.norm()),
             "loss": float(losses[-1]),
             "accuracy": float(training.accuracy(weights, alphas, test, labels)),
@@ -234,6 +242,13 @@ class Laboratory:
             "weight_before": before[:, 0, 0, 0],
             "weight_after": after[:, 0, 0, 0],
         }
+
+    def _if_smooth(self, before: Tensor, change: Tensor, generator: Generator) -> float:
+        """How the exponent of ``before`` changes with a smooth path of the norm of the change."""
+        factor = _smooth_factor(len(before), "process")
+        path = noise.smooth(factor, before.shape[1:], generator)
+        added = path * (change.norm() / path.norm())
+        return path_exponent(before + added) - path_exponent(before)
 
     def accuracy(self, cell: Cell) -> dict[str, Any]:
         """Accuracies of all nets, shape (H, betas, rates); those of one H are twins."""
@@ -283,7 +298,8 @@ def _generator(cell: Cell) -> Generator:
 
 
 def _seed(cell: Cell) -> int:
-    return int(fingerprint(cell)[:12], 16)
+    """32 bits: of more, the generator on the CPU would take no notice."""
+    return int(fingerprint(cell)[:8], 16)
 
 
 def _logs(moved: Movement) -> dict[str, Any]:

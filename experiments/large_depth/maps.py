@@ -21,15 +21,19 @@ _HEADS = {
         ("map.rises", "rises above H = 1/2"),
     ),
     ("res-3", "gradient"): (
-        ("map.gradient-line", "on a line of its own"),
+        ("map.gradient-line", "on its predicted line"),
         ("map.gradient", "on that of outputs"),
+        ("map.gradient-below", "below it for every H > 1/2"),
     ),
     ("res-1", "output"): (
         ("map.single", "on the predicted line, H ≥ 1/2"),
         ("map.single-rough", "... H < 1/2"),
         ("map.no-plateau", "falls below H = 1/2"),
     ),
-    ("res-1", "gradient"): (),
+    ("res-1", "gradient"): (
+        ("map.single-gradient", "on the predicted line, H ≥ 1/2"),
+        ("map.single-gradient-rough", "... H < 1/2"),
+    ),
 }
 
 
@@ -77,19 +81,28 @@ def critical(
             for compounded, style in ((True, "-"), (False, "--")):
                 line = [
                     theory.critical_beta(
-                        sizes.map_depth, h, block, gradient=gradient, compounded=compounded
+                        sizes.map_depth,
+                        h,
+                        block,
+                        gradient=gradient,
+                        width=sizes.width,
+                        compounded=compounded,
                     )
                     for h in hursts.tolist()
                 ]
                 ax.plot(hursts, line, style, color="0.1", linewidth=1.4)
-            limit = [theory.critical_exponent(h, block, gradient=gradient) for h in hursts.tolist()]
+            limit = [
+                theory.critical_exponent(h, block, gradient=gradient, width=sizes.width)
+                for h in hursts.tolist()
+            ]
             ax.plot(hursts, limit, ":", color="0.1", linewidth=1.6)
             found = frontier.crossings(measured, sizes.map_betas, block, key)
             means = [over_runs(crossed) for crossed in found.values()]
             ends = np.array([one.enclosure for one in means]).T
             middle = np.array([one.value for one in means])
+            # A point without an interval, as of one net, gets no bar.
             errors = np.abs(ends - middle)
-            errors[~np.isfinite(errors)] = 0.0
+            errors[~np.isfinite(errors)] = np.nan
             ax.errorbar(
                 list(found), middle, yerr=errors, color="0.1", marker="o", markersize=5,
                 markerfacecolor="w", linestyle="none", capsize=3,
@@ -104,7 +117,8 @@ def critical(
     legend.errorbar([], [], yerr=[], color="0.1", marker="o", markerfacecolor="w", linestyle="none",
                     capsize=3, label="measured: movement 1, mean and 95 %")  # fmt: skip
     for style, label in (
-        ("-", "predicted, compounded"), ("--", "predicted, first order"), (":", "limit L → ∞"),
+        ("-", "predicted, compounded"), ("--", "predicted, first order"),
+        (":", "limit L → ∞ at this width"),
     ):  # fmt: skip
         legend.plot([], [], style, color="0.1", label=label)
     figure.legend(
@@ -146,6 +160,7 @@ def weights(
     title = titles(
         ("regularity.smooth", "Smooth layers stay smooth"),
         ("regularity.rough", "independent layers stay rough"),
+        ("regularity.change-rough", "and what is added to them is"),
     )
     seeds = len(next(iter(groups.values())))
     head = (
@@ -201,7 +216,8 @@ def accuracy(
     right.legend(loc="lower right", fontsize="small", ncols=1 if len(hursts) < 8 else 2)
     left.set_title(
         titles(
-            ("accuracy.above", "better above the line"),
+            ("accuracy.above", "better above the line at equal β"),
+            ("accuracy.above-hurst", "... at equal H"),
             ("accuracy.corner", "no net learns at largest H, smallest β"),
         )
     )

@@ -18,6 +18,7 @@ from experiments.large_depth.verdicts import (
     distances,
     law_logs,
     moment_ratios,
+    standard_errors_off,
 )
 from experiments.report import write_csv
 from experiments.sweep import Pair, parts
@@ -115,7 +116,7 @@ def _moments(measured: Sequence[Pair], context: Mapping[str, Any]) -> list[dict[
                     "exact_root_mean_square": exact**0.5,
                     "measured_root_mean_square": (exact * ratios.mean()) ** 0.5,
                     "mean_square_over_exact": ratios.mean(), "standard_error": error,
-                    "standard_errors_off": (ratios.mean() - 1) / error,
+                    "standard_errors_off": standard_errors_off(ratios),
                 })  # fmt: skip
     return rows
 
@@ -181,16 +182,20 @@ def _critical(measured: Sequence[Pair], context: Mapping[str, Any]) -> list[dict
             frontier.crossings(measured, sizes.map_betas, block, key) for key in KEYS
         )
         for hurst, values in output.items():
-            summary = over_runs(values)
+            summary, slower = over_runs(values), over_runs(gradient[hurst])
             rows.append({
                 "block": block, "H": hurst, "nets": len(values),
                 "beta": summary.value, "low": summary.enclosure[0], "high": summary.enclosure[1],
-                "beta_gradient": over_runs(gradient[hurst]).value,
+                "beta_gradient": slower.value, "gradient_low": slower.enclosure[0],
+                "gradient_high": slower.enclosure[1],
                 "predicted_compounded": theory.critical_beta(sizes.map_depth, hurst, block),
                 "predicted_first_order": theory.critical_beta(
                     sizes.map_depth, hurst, block, compounded=False
                 ),
                 "predicted_limit": theory.critical_exponent(hurst, block),
+                "predicted_gradient": theory.critical_beta(
+                    sizes.map_depth, hurst, block, gradient=True, width=sizes.width
+                ),
             })  # fmt: skip
     return rows
 
@@ -200,7 +205,8 @@ def _regularity(measured: Sequence[Pair]) -> list[dict[str, Any]]:
         {
             "init": cell["init"], "beta": cell["beta"], "seed": cell["seed"],
             "exponent_before": result["before"], "exponent_after": result["after"],
-            "exponent_of_change": result["change"], "relative_change": result["moved"],
+            "exponent_of_change": result["change"],
+            "rise_if_change_were_smooth": result["if_smooth"], "relative_change": result["moved"],
             "loss": result["loss"], "test_accuracy": result["accuracy"],
         }
         for cell, result in parts(measured, "regularity")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,8 +12,9 @@ from scipy import stats
 
 from conditioning import theory
 from experiments.claims import Measured, Verdict, decide, decide_every, over_runs
-from experiments.large_depth import frontier
 from experiments.large_depth.statements import BY_ID, CLAIMS
+from experiments.large_depth.verdicts_maps import decide_maps
+from experiments.large_depth.verdicts_trained import decide_accuracy, decide_regularity
 from experiments.readings import Array, slope
 from experiments.sweep import Pair, name, parts
 
@@ -22,6 +22,9 @@ Context = Mapping[str, Any]
 # Numbers over depths: depth -> (nets, scalings).
 ByDepth = Mapping[int, Array]
 KEYS = ("output", "gradient")
+# The scalings that claims are about.
+INDEPENDENT = {"identity": 1.0, "balanced": 0.5, "explodes": 0.25}
+SMOOTH = {"identity": 2.0, "balanced": 1.0, "shallow": 1.0, "explodes": 0.5}
 
 
 def decide_claims(measured: Sequence[Pair], context: Context) -> list[Verdict]:
@@ -30,12 +33,12 @@ def decide_claims(measured: Sequence[Pair], context: Context) -> list[Verdict]:
         *_checks(measured),
         *_moments(measured, context),
         *_independent(measured, context),
-        *_smooth(measured),
+        *_smooth(measured, context),
         *_laws(measured, context),
         *_orders(measured, context),
-        *_maps(measured, context),
-        *_regularity(measured),
-        *_accuracy(measured, context),
+        *decide_maps(measured, context),
+        *decide_regularity(measured),
+        *decide_accuracy(measured, context),
     ]
     by_id = {verdict.claim.id: verdict for verdict in found}
     return [by_id[claim.id] for claim in CLAIMS]
@@ -66,10 +69,18 @@ def by_depth(measured: Sequence[Pair], part: str, key: str, **where: Any) -> dic
 def moment_ratios(found: ByDepth, place: int, beta: float) -> dict[int, Array]:
     """Squared movements over their exact mean, by depth."""
     return {
-        depth: np.exp(2 * logs[:, place])
-        / theory.deviation_second_moment(depth, theory.scaling_factor(depth, beta))
+        depth: _over(
+            logs[:, place],
+            theory.deviation_second_moment(depth, theory.scaling_factor(depth, beta)),
+        )
         for depth, logs in found.items()
     }
+
+
+def _over(logs: Array, square: float) -> Array:
+    """Squares of numbers given by their logarithms, over another."""
+    with np.errstate(over="ignore"):
+        return np.asarray(np.exp(2 * logs - math.log(square)), dtype=float)
 
 
 def _moments(measured: Sequence[Pair], context: Context) -> list[Verdict]:
@@ -77,12 +88,32 @@ def _moments(measured: Sequence[Pair], context: Context) -> list[Verdict]:
     verdicts = []
     for key, prefix in (("output", ""), ("gradient", "gradient-")):
         found = by_depth(measured, "iid", key)
-        for place, kind in enumerate(("explosion", "balanced", "identity")):
-            claim = f"moment.{prefix}{kind}"
-            if claim in BY_ID:
-                ratios = np.concatenate([*moment_ratios(found, place, betas[place]).values()])
-                verdicts.append(decide(BY_ID[claim], over_runs(ratios, run=_range(found))))
+        for kind, beta in INDEPENDENT.items():
+            ratios = moment_ratios(found, betas.index(beta), beta)
+            claim = BY_ID[f"moment.{prefix}{kind.replace('explodes', 'explosion')}"]
+            pooled = over_runs(np.concatenate([*ratios.values()]), run=_range(found))
+            verdicts.append(decide(claim, pooled, note=_scores(ratios)))
     return verdicts
+
+
+def standard_errors_off(ratios: Array) -> float:
+    """How far the mean is from 1; NaN without a spread."""
+    error = ratios.std(ddof=1) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0
+    return float((ratios.mean() - 1) / error) if 0 < error < math.inf else math.nan
+
+
+def _scores(ratios: ByDepth) -> str:
+    """How far off single depths are, for a reader."""
+    scores = {depth: standard_errors_off(values) for depth, values in ratios.items()}
+    finite = {depth: score for depth, score in scores.items() if math.isfinite(score)}
+    if not finite:
+        return ""
+    worst = max(finite, key=lambda depth: abs(finite[depth]))
+    beyond = sum(abs(score) > 3 for score in finite.values())
+    return (
+        f"by itself farthest off: L = {worst}, by {finite[worst]:+.1f} standard errors; "
+        f"{beyond} of {len(scores)} depths are more than 3 off"
+    )
 
 
 def _range(found: ByDepth) -> str:
@@ -112,32 +143,49 @@ def _levels(found: ByDepth, place: int) -> str:
 
 
 def _independent(measured: Sequence[Pair], context: Context) -> list[Verdict]:
-    verdicts = []
+    betas, verdicts = context["sizes"].iid_betas, []
     for key, prefix in (("output", "iid"), ("gradient", "gradient")):
         found = by_depth(measured, "iid", key)
         verdicts += [
-            decide(BY_ID[f"{prefix}.{kind}"], slopes(found, place), note=_levels(found, place))
-            for place, kind in ((2, "identity"), (1, "balanced"), (0, "explodes"))
-        ]
-    found = by_depth(measured, "iid", "output")
-    mean, _ = theory.limit_log_norm_law(context["sizes"].width)
-    rate = replace(slopes(found, 0, math.sqrt, since=100), expected=mean / 2)
-    return [*verdicts, decide(BY_ID["iid.rate"], rate)]
+            decide(
+                BY_ID[f"{prefix}.{kind}"], slopes(found, betas.index(beta)),
+                note=_levels(found, betas.index(beta)),
+            )
+            for kind, beta in INDEPENDENT.items()
+        ]  # fmt: skip
+    return [*verdicts, _rate(measured)]
+
+
+def _rate(measured: Sequence[Pair]) -> Verdict:
+    chains = {cell["L"]: (cell["d"], result) for cell, result in parts(measured, "growth")}
+    [width] = {size for size, _ in chains.values()}
+    table = np.array([result["logs"] for _, result in chains.values()], dtype=float)
+    roots = np.sqrt(np.array([*chains], dtype=float))
+    # The least-squares slope of every draw with one of each depth.
+    weights = (roots - roots.mean()) / ((roots - roots.mean()) ** 2).sum()
+    rates = weights @ table
+    run = f"L = {min(chains)} ... {max(chains)}, d = {width}"
+    return decide(
+        BY_ID["iid.rate"], over_runs(ito_units(rates, width).tolist(), run=run),
+        note=f"rate {rates.mean():.4f} for {1 / 4 - 1 / (2 * width):.4f}",
+    )  # fmt: skip
+
+
+def ito_units(rates: Array, width: int) -> Array:
+    """How far rates or mean logarithms lie below 1/4, in units of 1 / (2 width)."""
+    return np.asarray((1 / 4 - rates) * 2 * width, dtype=float)
 
 
 # Bandwidths of the smooth weights are ten layers and more from this depth on.
 _RESOLVED = 100
 
 
-def _smooth(measured: Sequence[Pair]) -> list[Verdict]:
+def _smooth(measured: Sequence[Pair], context: Context) -> list[Verdict]:
     variants = sorted({cell["variant"] for cell, _ in parts(measured, "smooth")})
     verdicts = []
-    for place, kind, since in (
-        (2, "identity", _RESOLVED),
-        (1, "balanced", _RESOLVED),
-        (1, "shallow", 0),
-        (0, "explodes", 0),
-    ):
+    for kind, beta in SMOOTH.items():
+        place = context["sizes"].smooth_betas.index(beta)
+        since = _RESOLVED if kind in ("identity", "balanced") else 0
         found, notes = [], []
         for variant in variants:
             for key in KEYS:
@@ -168,6 +216,8 @@ def spread(values: Sequence[float] | Array, *, expected: float, run: str = "") -
 def kolmogorov_distance(logs: Sequence[float] | Array, width: int, *, run: str = "") -> Measured:
     """Distance of the law of log norms from its limit, with the band of DKW and Massart."""
     mean, variance = theory.limit_log_norm_law(width)
+    if not len(logs) or not np.isfinite(logs).all():
+        return Measured(math.nan, num_runs=len(logs), run=run)
     found = stats.kstest(logs, stats.norm(mean / 2, math.sqrt(variance) / 2).cdf)
     distance, count = float(found.statistic), len(logs)
     band = math.sqrt(math.log(2 / 0.05) / (2 * count))
@@ -183,22 +233,32 @@ def law_logs(measured: Sequence[Pair], key: str) -> Array:
 
 def _laws(measured: Sequence[Pair], context: Context) -> list[Verdict]:
     sizes = context["sizes"]
-    mean, variance = theory.limit_log_norm_law(sizes.law_width)
     run = f"L = {sizes.law_depth}, d = {sizes.law_width}"
-    verdicts = []
-    for key, prefix in (("output", ""), ("gradient", "gradient-")):
-        logs = law_logs(measured, key)
-        expected = mean / 2, math.sqrt(variance) / 2
-        verdicts += [
-            decide(BY_ID[f"law.{prefix}mean"], over_runs(logs, expected=expected[0], run=run)),
-            decide(BY_ID[f"law.{prefix}spread"], spread(logs, expected=expected[1], run=run)),
-        ]
     [(cell, result)] = parts(measured, "chain")
     logs = np.asarray(result["logs"], dtype=float)
+    verdicts = [
+        *_law("", law_logs(measured, "output"), sizes.law_width, run),
+        *_law("gradient-", law_logs(measured, "gradient"), sizes.law_width, run),
+        *_law("chain-", logs, cell["d"], name(cell)),
+    ]
     distance = kolmogorov_distance(logs, cell["d"], run=name(cell))
     ratios = np.exp(logs)
     note = f"ratio: mean {ratios.mean():.4g}, standard deviation {ratios.std(ddof=1):.3g}"
     return [*verdicts, decide(BY_ID["law.shape"], distance, note=note)]
+
+
+def _law(prefix: str, logs: Array, width: int, run: str) -> list[Verdict]:
+    mean, variance = theory.limit_log_norm_law(width)
+    return [
+        decide(
+            BY_ID[f"law.{prefix}mean"], over_runs(ito_units(logs, width).tolist(), run=run),
+            note=f"mean logarithm {logs.mean():.4f} for {mean / 2:.4f}",
+        ),
+        decide(
+            BY_ID[f"law.{prefix}spread"],
+            spread(logs, expected=math.sqrt(variance) / 2, run=run),
+        ),
+    ]  # fmt: skip
 
 
 def distances(
@@ -222,134 +282,3 @@ def _orders(measured: Sequence[Pair], context: Context) -> list[Verdict]:
         run = f"{cell['block']}, {one.run}"
         found.setdefault(cell["limit"], []).append(replace(one, run=run))
     return [decide_every(BY_ID[f"order.{limit}"], some) for limit, some in found.items()]
-
-
-# -- maps ---------------------------------------------------------------------------------------
-
-
-def _maps(measured: Sequence[Pair], context: Context) -> list[Verdict]:
-    sizes = context["sizes"]
-    betas, depth = sizes.map_betas, sizes.map_depth
-    output = frontier.crossings(measured, betas, "res-3")
-    slow = frontier.crossings(measured, betas, "res-3", "gradient")
-    single = frontier.crossings(measured, betas, "res-1")
-
-    def on_line(
-        claim: str, found: Mapping[float, list[float]], block: str, **more: bool
-    ) -> Verdict:
-        lines = [
-            over_runs(
-                values, run=f"H = {hurst}",
-                expected=theory.critical_beta(depth, hurst, block, **more),
-            )
-            for hurst, values in found.items()
-        ]  # fmt: skip
-        return decide_every(BY_ID[claim], lines, note=_departures(lines))
-
-    rising = [hurst for hurst in output if hurst >= 0.5]
-    gaps = [over_runs(np.subtract(slow[h], output[h]).tolist(), run=f"H = {h}") for h in output]
-    rises = [_difference(output, b, a) for a, b in itertools.pairwise(rising)]
-    return [
-        on_line("map.line", output, "res-3"),
-        on_line("map.line-first", output, "res-3", compounded=False),
-        decide_every(
-            BY_ID["map.plateau"], [_difference(output, h, 0.5) for h in output if h < 0.5]
-        ),
-        decide_every(BY_ID["map.rises"], rises),
-        decide(BY_ID["map.end"], _difference(output, max(output), 0.5)),
-        decide_every(BY_ID["map.gradient"], gaps, note=_by_hurst(gaps)),
-        on_line("map.gradient-line", slow, "res-3", gradient=True),
-        decide_every(
-            BY_ID["map.no-plateau"], [_difference(single, h, 0.5) for h in single if h < 0.5]
-        ),
-        on_line("map.single", {h: v for h, v in single.items() if h >= 0.5}, "res-1"),
-        on_line("map.single-rough", {h: v for h, v in single.items() if h < 0.5}, "res-1"),
-    ]  # fmt: skip
-
-
-def _difference(found: Mapping[float, list[float]], hurst: float, other: float) -> Measured:
-    """Nets of different H are independent: any pairing gives the mean and its interval."""
-    values = np.subtract(found[hurst], found[other]).tolist()
-    return over_runs(values, run=f"H = {hurst} less {other}")
-
-
-def _by_hurst(gaps: Sequence[Measured]) -> str:
-    """Means at every H, for a reader."""
-    return ", ".join(f"{gap.run}: {gap.value:+.3f}" for gap in gaps)
-
-
-def _departures(lines: Sequence[Measured]) -> str:
-    """How far the means are off, for a reader."""
-    gaps = [one.value - (one.expected or 0.0) for one in lines]
-    return f"means are {min(gaps):+.3f} ... {max(gaps):+.3f} off" if gaps else ""
-
-
-# -- trained nets -------------------------------------------------------------------------------
-
-
-def _regularity(measured: Sequence[Pair]) -> list[Verdict]:
-    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
-    for cell, result in parts(measured, "regularity"):
-        groups.setdefault((cell["init"], cell["beta"]), []).append(result)
-    kept = {
-        key: over_runs([r["after"] - r["before"] for r in results], run=f"{key[0]}, β = {key[1]:g}")
-        for key, results in groups.items()
-    }
-    notes = {key: _trained(results) for key, results in groups.items()}
-    smooth = [key for key in kept if key[0] == "smooth"]
-    rough = [key for key in kept if key[0] != "smooth"]
-    changes = [
-        over_runs([result["change"] for result in groups[key]], run=kept[key].run) for key in smooth
-    ]
-    return [
-        decide_every(BY_ID["regularity.smooth"], [kept[key] for key in smooth],
-                     note="; ".join(notes[key] for key in smooth)),
-        decide_every(BY_ID["regularity.rough"], [kept[key] for key in rough],
-                     note="; ".join(f"{kept[key].run}: {notes[key]}" for key in rough)),
-        decide_every(BY_ID["regularity.change"], changes),
-    ]  # fmt: skip
-
-
-def _trained(results: Sequence[Mapping[str, Any]]) -> str:
-    """How much training did, for a reader."""
-    before, after, moved, accuracy = (
-        float(np.mean([result[key] for result in results]))
-        for key in ("before", "after", "moved", "accuracy")
-    )
-    return (
-        f"exponent {before:.3f} before, {after:.3f} after; layers moved by {moved:.2g} of their "
-        f"norm, accuracy {accuracy:.3f}"
-    )
-
-
-def _accuracy(measured: Sequence[Pair], context: Context) -> list[Verdict]:
-    sizes = context["sizes"]
-    betas, chance = sizes.train_betas, context["commonest"]
-    best = frontier.best_accuracies(measured)
-    hursts = list(next(iter(best.values())))
-    tables = np.array([[rows[hurst] for hurst in hursts] for rows in best.values()])
-    above = frontier.above_line(hursts, betas, sizes.train_depth)
-
-    def at(row: int, column: int) -> Measured:
-        run = f"H = {hursts[row]}, β = {betas[column]}"
-        return over_runs(tables[:, row, column].tolist(), expected=chance, run=run)
-
-    below = [at(row, column) for row, column in np.argwhere(~above).tolist()]
-    both = 0 < above.sum() < above.size
-    gaps = [
-        float(table[above].mean() - table[~above].mean()) if both else math.nan for table in tables
-    ]
-    note = ""
-    if both:
-        note = (
-            f"means {tables[:, above].mean():.3f} above, {tables[:, ~above].mean():.3f} below; "
-            f"least above {tables.mean(0)[above].min():.3f}, "
-            f"greatest below {tables.mean(0)[~above].max():.3f}"
-        )
-    return [
-        decide(
-            BY_ID["accuracy.above"], over_runs(gaps, run=f"L = {sizes.train_depth}"), note=note
-        ),
-        decide(BY_ID["accuracy.corner"], at(len(hursts) - 1, 0)),
-        decide_every(BY_ID["accuracy.below"], below),
-    ]  # fmt: skip
