@@ -55,6 +55,52 @@ def test_second_moments_are_exact_for_any_symmetric_entries(law):
         assert error < 0.02 * exact
 
 
+@pytest.mark.parametrize("law", ["uniform", "signs"])
+@pytest.mark.parametrize("width", [2, 5])
+def test_second_moments_of_gradients_are_exact_at_every_width(law, width):
+    rng = np.random.default_rng(3)
+    draw = {
+        "uniform": lambda shape: rng.uniform(-(3**0.5), 3**0.5, shape),
+        "signs": lambda shape: rng.choice([-1.0, 1.0], shape),
+    }[law]
+    depth, alpha, count = 5, 0.6, 60000
+    state, blocks = rng.normal(size=(count, width, 1)), []
+    for _ in range(depth):
+        outer, inner = (draw((count, width, width)) / width**0.5 for _ in range(2))
+        hidden = inner @ state
+        blocks.append((outer, inner, hidden > 0))
+        state = state + alpha * outer @ np.maximum(hidden, 0)
+    last = draw((count, width, 1))
+    slope = last
+    for outer, inner, gates in reversed(blocks):
+        slope = slope + alpha * inner.mT @ (gates * (outer.mT @ slope))
+    found = ((slope - last) ** 2).sum((1, 2)) / (last**2).sum((1, 2))
+    error = found.std() / count**0.5
+    exact = deviation_second_moment(depth, alpha)
+    assert abs(found.mean() - exact) < 4 * error
+    # A relative correction of order 1 / d would be seen.
+    assert error < 0.1 / width * exact
+
+
+def test_gradients_have_the_limit_law_of_outputs():
+    # Tangents and gradients of the small steps of the equation, three wide, where a wrong drift of
+    # order 1/d would be a third.
+    rng, width, depth, count = np.random.default_rng(4), 3, 150, 3000
+    state, blocks = rng.normal(size=(count, width, 1)), []
+    for _ in range(depth):
+        outer, inner = (rng.normal(size=(count, width, width)) / width**0.5 for _ in range(2))
+        hidden = inner @ state
+        blocks.append((outer, inner, hidden > 0))
+        state = state + depth**-0.5 * outer @ np.maximum(hidden, 0)
+    slope = last = rng.normal(size=(count, width, 1))
+    for outer, inner, gates in reversed(blocks):
+        slope = slope + depth**-0.5 * inner.mT @ (gates * (outer.mT @ slope))
+    logs = np.log((slope**2).sum((1, 2)) / (last**2).sum((1, 2)))
+    mean, variance = limit_log_norm_law(width)
+    assert abs(logs.mean() - mean) < 4 * (variance / count) ** 0.5
+    assert logs.var() == pytest.approx(variance, rel=0.1)
+
+
 def test_moments_of_the_paper_file():
     def root(beta):
         return deviation_second_moment(1000, scaling_factor(1000, beta)) ** 0.5
@@ -64,6 +110,8 @@ def test_moments_of_the_paper_file():
     assert root(0.25) == pytest.approx(2550, rel=1e-3)
     assert norm_second_moment(1000, 1000**-0.5) ** 0.5 == pytest.approx(1.284, abs=1e-3)
     assert norm_second_moment(10**5, 1.0) == deviation_second_moment(10**5, 1.0) == math.inf
+    assert norm_second_moment(10, 1e200) == norm_second_moment(10**400, 0.1) == math.inf
+    assert norm_second_moment(10**400, 0.0) == 1
     # No cancellation where branches are tiny.
     assert deviation_second_moment(1, 1e-12) == pytest.approx(5e-25)
 
@@ -92,6 +140,7 @@ def test_the_density_is_that_of_the_norm_ratio(width):
     mass, _ = integrate.quad(lambda x: float(limit_norm_ratio_density(x, width)), 0, 30)
     assert mass == pytest.approx(1)
     assert limit_norm_ratio_density([-1.0, 0.0], width).tolist() == [0.0, 0.0]
+    assert np.isnan(limit_norm_ratio_density([math.nan, 1.0], width)).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("hurst", HURSTS)
@@ -132,10 +181,41 @@ def test_first_order_sums_are_sums_over_all_pairs_of_layers(hurst):
     assert first_order_sum(depth, hurst, gradient=True) == pytest.approx(
         (rho * gate_correlation(rho)).sum()
     )
+    # One component of a row lies along the state.
+    gates, along = (rho * gate_correlation(rho)).sum(), (rho * relu_correlation(rho)).sum()
+    for width in (1, 2, 9):
+        assert first_order_sum(depth, hurst, gradient=True, width=width) == pytest.approx(
+            gates + (along - gates) / width
+        )
+        assert first_order_sum(depth, hurst, width=width) == first_order_sum(depth, hurst)
     # Without inner matrices gates do not depend on the layer.
     assert first_order_sum(depth, hurst, "res-1", gradient=True) == first_order_sum(
         depth, hurst, "res-1"
     )
+
+
+def conditional_sum(depth, hurst, width, count):
+    """First-order sum of gradients of res-3, drawn over inner matrices: mean, standard error.
+
+    The outer matrices are averaged exactly, so that what is drawn is not the formula.
+    """
+    rng = np.random.default_rng(6)
+    lags = np.subtract.outer(np.arange(depth), np.arange(depth))
+    root = np.linalg.cholesky(fgn_autocovariance(hurst, lags))
+    # One row of W at all layers, the first component along the state.
+    rows = np.einsum("kl,lnd->knd", root, rng.normal(size=(depth, count, width)))
+    passed = rows * (rows[:, :, :1] > 0)
+    mixed = np.tensordot(fgn_autocovariance(hurst, lags), passed, 1)
+    values = (mixed * passed).sum((0, 2)) / width
+    return values.mean(), values.std() / count**0.5
+
+
+@pytest.mark.parametrize(("depth", "width", "hurst"), [(20, 4, 0.85), (200, 4, 0.75), (20, 1, 0.3)])
+def test_first_order_sums_of_gradients_are_exact_at_every_width(depth, width, hurst):
+    mean, error = conditional_sum(depth, hurst, width, 8000)
+    exact = first_order_sum(depth, hurst, gradient=True, width=width)
+    assert abs(mean - exact) < 4 * error
+    assert abs(mean - first_order_sum(depth, hurst, gradient=True)) > 8 * error
 
 
 @pytest.mark.parametrize("block", ["res-1", "res-3"])
@@ -145,6 +225,26 @@ def test_lines_tend_to_their_exponents(block, gradient):
         sums = [first_order_sum(n, hurst, block, gradient=gradient) for n in (200_000, 1_600_000)]
         slope = math.log(sums[1] / sums[0]) / math.log(8) / 2
         assert slope == pytest.approx(critical_exponent(hurst, block, gradient=gradient), abs=0.03)
+
+
+def test_at_a_fixed_width_gradients_have_the_exponent_of_outputs():
+    for hurst in (0.3, 0.8, 0.9):
+        assert critical_exponent(hurst, gradient=True, width=40) == critical_exponent(hurst)
+    assert critical_exponent(0.9, gradient=True) == pytest.approx(0.8)
+    # Narrow nets are there at depths that can be summed; wide ones are on their way.
+    sums = [first_order_sum(n, 0.9, gradient=True, width=2) for n in (200_000, 1_600_000)]
+    slope = math.log(sums[1] / sums[0]) / math.log(8) / 2
+    assert slope == pytest.approx(0.9, abs=0.03)
+    lines = [critical_beta(10**n, 0.8, gradient=True, width=40) for n in (3, 4, 5, 6)]
+    assert lines == pytest.approx([0.587, 0.598, 0.611, 0.628], abs=6e-4)
+
+
+def test_correlations_that_rounding_lifts_above_one_are_one():
+    for depth, hurst in ((10**6, 0.999999), (1000, 1 - 1e-12)):
+        assert first_order_sum(depth, hurst) == pytest.approx(depth**2 / 2, rel=1e-3)
+        assert critical_beta(depth, hurst) == pytest.approx(
+            critical_beta(depth, hurst, "res-1"), abs=1e-4
+        )
 
 
 def test_critical_lines_are_where_the_moment_is_one():
@@ -172,6 +272,10 @@ def test_critical_lines_are_where_the_moment_is_one():
         (lambda: gate_correlation([0.0, math.nan]), "correlation"),
         (lambda: first_order_sum(10, 0.5, "res-2"), "res-1, res-3"),
         (lambda: critical_beta(1, 0.5), "depth"),
+        (lambda: norm_second_moment(3, 10**400), "alpha must be finite"),
+        (lambda: fgn_autocovariance(10**400, 1), "hurst must be finite"),
+        (lambda: first_order_sum(10, 0.5, gradient=True, width=0), "width"),
+        (lambda: critical_exponent(0.5, gradient=True, width=2.5), "width"),
         (lambda: critical_exponent(0.5, "plain"), "res-1, res-3"),
     ],
 )

@@ -133,7 +133,7 @@ class Sizes(Preset):
             "depths must be at least 8": min(depths, default=8) < 8,
             "iid_betas must contain 0.25, 0.5 and 1": not {0.25, 0.5, 1} <= {*self.iid_betas},
             "smooth_betas must contain 0.5, 1 and 2": not {0.5, 1, 2} <= {*self.smooth_betas},
-            "train_rates must be positive, one or more": not self.train_rates
+            "train_rates and regularity_rate must be positive, one or more": not self.train_rates
             or not all(0 < rate < math.inf for rate in (*self.train_rates, self.regularity_rate)),
             "law_nets, chain_nets and growth_nets must be 2 or more": min(
                 self.law_nets, self.chain_nets, self.growth_nets

@@ -13,7 +13,7 @@ from conditioning import theory
 from experiments.claims import Measured, Verdict, decide, decide_every, over_runs
 from experiments.large_depth import frontier
 from experiments.large_depth.statements import BY_ID
-from experiments.readings import Array
+from experiments.readings import Array, number
 from experiments.sweep import Pair, parts
 
 Context = Mapping[str, Any]
@@ -31,11 +31,6 @@ def decide_regularity(measured: Sequence[Pair]) -> list[Verdict]:
     smooth = [key for key in groups if key[0] == "smooth"]
     rough = [key for key in groups if key[0] != "smooth"]
     changed = {key: [r["after"] - r["before"] for r in results] for key, results in groups.items()}
-    # Over what a smooth change of that size would do.
-    shares = {
-        key: (np.array(changed[key]) / [result["if_smooth"] for result in groups[key]]).tolist()
-        for key in rough
-    }
     changes = {
         key: over_runs([result["change"] for result in results], run=runs[key])
         for key, results in groups.items()
@@ -47,8 +42,11 @@ def decide_regularity(measured: Sequence[Pair]) -> list[Verdict]:
             note="; ".join(notes[key] for key in smooth),
         ),
         decide_every(
-            BY_ID["regularity.rough"], [over_runs(shares[key], run=runs[key]) for key in rough],
-            note="; ".join(notes[key] for key in rough),
+            BY_ID["regularity.rough"], [over_runs(changed[key], run=runs[key]) for key in rough],
+            note="; ".join(
+                f"{notes[key]}; smooth, that change would add {_if_smooth(groups[key]):.4f}"
+                for key in rough
+            ),
         ),
         decide_every(BY_ID["regularity.change"], [changes[key] for key in smooth]),
         decide_every(
@@ -68,6 +66,10 @@ def _trained(results: Sequence[Mapping[str, Any]]) -> str:
         f"exponent {before:.3f} before, {after:.3f} after; layers moved by {moved:.2g} of their "
         f"norm, accuracy {accuracy:.3f}"
     )
+
+
+def _if_smooth(results: Sequence[Mapping[str, Any]]) -> float:
+    return float(np.mean([number(result["if_smooth"]) for result in results]))
 
 
 def decide_accuracy(measured: Sequence[Pair], context: Context) -> list[Verdict]:
