@@ -80,12 +80,12 @@ def _independent(
         found = by_depth(measured, "iid", key)
         for place, beta in enumerate(sizes.iid_betas):
             label = f"β = {beta:g}, root mean square of {sizes.nets} nets and 95 %"
-            _curve(ax, found, place, label, power=2)
+            _curve(ax, found, place, label, power=2, linestyle="none")
             exact = [
                 theory.deviation_second_moment(depth, theory.scaling_factor(depth, beta)) ** 0.5
                 for depth in grid.tolist()
             ]
-            ax.plot(grid, exact, "--", color="0.25", linewidth=1, zorder=1)
+            ax.plot(grid, exact, "--", color="0.25", linewidth=1, zorder=3)
         ax.plot([], [], "--", color="0.25", linewidth=1, label="root of the exact second moment")
         _finish(ax, f"root mean square of {_MOVEMENTS[key]}")
         ax.set_title(

@@ -36,7 +36,7 @@ def _moment(name: str, beta: str, slack: float, reason: str, *, gradient: bool =
     )
 
 
-_TWICE = "what 800 nets of width 40 resolve: half-widths of some 0.02 are to be expected"
+_BY_MANY = "what 800 nets of width 40 resolve: half-widths of some 0.02 are to be expected"
 
 _check = [
     Claim(
@@ -79,13 +79,13 @@ _check = [
 ]
 
 _moments = [
-    _moment("identity", "1", 0.05, _TWICE),
-    _moment("balanced", "1/2", 0.05, _TWICE),
-    _moment("explosion", "1/4", 0.25, f"{_TWICE}, whose ratios have a heavy tail"),
-    _moment("gradient-identity", "1", 0.05, _TWICE, gradient=True),
-    _moment("gradient-balanced", "1/2", 0.05, _TWICE, gradient=True),
+    _moment("identity", "1", 0.05, _BY_MANY),
+    _moment("balanced", "1/2", 0.05, _BY_MANY),
+    _moment("explosion", "1/4", 0.25, f"{_BY_MANY}; at this scaling squares have a heavy tail, and five times that"),
+    _moment("gradient-identity", "1", 0.05, _BY_MANY, gradient=True),
+    _moment("gradient-balanced", "1/2", 0.05, _BY_MANY, gradient=True),
     _moment(
-        "gradient-explosion", "1/4", 0.25, f"{_TWICE}, whose ratios have a heavy tail",
+        "gradient-explosion", "1/4", 0.25, f"{_BY_MANY}; at this scaling squares have a heavy tail, and five times that",
         gradient=True,
     ),
 ]  # fmt: skip

@@ -11,7 +11,6 @@ _CROSSING = (
 )
 _OF_GRADIENT = _CROSSING.replace("|h_L − h_0| / |h_0|", "|g_0 − g_L| / |g_L|")
 _LINE = "what an earlier numerical check of the paper asked for; asymptotic exponents are .03 off"
-# The other line, which is exact as the scaling tends to 0, is that of first order.
 _COMPOUNDED = (
     f"{DERIVED}: critical_beta, growth compounded: exact for H = 1/2 as α → 0, an interpolation "
     "for other H"
@@ -39,7 +38,7 @@ CLAIMS = [
     Claim(
         "map.compounding",
         _COMPOUNDED,
-        "... to which the movement of a net is not as near: compounding is an improvement.",
+        "... which is farther from where a net's movement is 1 than the compounded one.",
         0.0,
         Tolerance.more_than(),
         SIGN,

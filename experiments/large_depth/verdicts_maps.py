@@ -107,4 +107,7 @@ def _by_hurst(gaps: Sequence[Measured]) -> str:
 def _departures(lines: Sequence[Measured]) -> str:
     """How far the means are off, for a reader."""
     gaps = [one.value - (one.expected or 0.0) for one in lines]
-    return f"means are {min(gaps):+.3f} ... {max(gaps):+.3f} off" if gaps else ""
+    if not gaps:
+        return ""
+    means = ", ".join(f"{one.run}: {one.value:.3f}" for one in lines)
+    return f"means are {min(gaps):+.3f} ... {max(gaps):+.3f} off; {means}"
