@@ -12,7 +12,7 @@ from test_large_depth import TINY
 
 from conditioning import theory
 from experiments import large_depth, registry
-from experiments.large_depth import verdicts
+from experiments.large_depth import figures, verdicts
 from experiments.sweep import parts
 
 
@@ -341,3 +341,23 @@ def test_one_seed_decides_nothing_random(measured):
         assert found[f"regularity.{name}"].value == "not decided", name
     for name in ("above", "above-hurst", "corner"):
         assert found[f"accuracy.{name}"].value == "not decided", name
+
+
+# -------------------------------------------------------------------------- figures
+
+
+def test_one_net_is_drawn_without_an_interval():
+    logs = {10: np.log([[2.0]]), 20: np.log([[3.0]])}
+    middle, ends = figures._interval([values[:, 0] for values in logs.values()])
+    assert np.exp(middle).tolist() == pytest.approx([2.0, 3.0])
+    assert np.isnan(ends).all()
+
+
+def test_intervals_of_means_are_not_cut():
+    rng = np.random.default_rng(0)
+    values = [rng.normal(size=20) for _ in range(2)]
+    middle, ends = figures._interval(values)
+    for place, some in enumerate(values):
+        assert middle[place] == pytest.approx(some.mean())
+        half = 2.093 * some.std(ddof=1) / 20**0.5
+        assert ends[:, place] == pytest.approx([some.mean() - half, some.mean() + half], rel=1e-3)

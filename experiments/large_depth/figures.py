@@ -20,7 +20,6 @@ Drawn = tuple[Path, Sequence[Pair], Mapping[str, Any], Titles]
 _MOVEMENTS = {"output": r"$|h_L - h_0| / |h_0|$", "gradient": r"$|g_0 - g_L| / |g_L|$"}
 _NORMS = {"output": r"$|h_L| / |h_0|$", "gradient": r"$|g_0| / |g_L|$"}
 # Of the scalings below, at and above the critical one.
-_EDGE = 1e-300
 _COLORS = (plots.PALETTE[3], plots.PALETTE[0], plots.PALETTE[2])
 
 
@@ -40,30 +39,35 @@ def draw(
         maps.accuracy(*drawn)
 
 
-def _curve(
-    ax: Any, found: Mapping[int, Any], place: int, label: str, *, power: int = 1, **more: Any
-) -> None:
-    """Means over nets with their 95 % interval; with power 2 roots of those of squares."""
-    depths = list(found)
-    means = [
-        over_runs(np.exp(power * found[depth][:, place]).tolist()) for depth in depths
-    ]  # fmt: skip
-    middle = np.array([one.value for one in means]) ** (1 / power)
+def _interval(values: Any) -> tuple[Any, Any]:
+    """Means over nets of each depth, and their ends; NaN where nets give no interval."""
+    means = [over_runs(np.asarray(one, dtype=float).tolist()) for one in values]
     ends = np.array([one.enclosure for one in means]).T
-    # An interval that reaches 0 is drawn down to the edge; where there is none, nothing is.
-    ends = np.where(np.isfinite(ends), np.maximum(ends, _EDGE), np.nan) ** (1 / power)
+    return np.array([one.value for one in means]), np.where(np.isfinite(ends), ends, np.nan)
+
+
+def _curve(ax: Any, found: Mapping[int, Any], place: int, label: str, **more: Any) -> None:
+    """Geometric means over nets with their 95 % interval."""
+    middle, ends = _interval([logs[:, place] for logs in found.values()])
     color = _COLORS[place % len(_COLORS)]
-    style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.2, **more}
-    ax.plot(depths, middle, label=label, **style)
-    ax.fill_between(depths, *ends, color=color, alpha=0.2, linewidth=0)
+    style = {"color": color, "markersize": 4, "linewidth": 1.2, **more}
+    ax.plot([*found], np.exp(middle), label=label, **style)
+    ax.fill_between([*found], *np.exp(ends), color=color, alpha=0.2, linewidth=0)
+
+
+def _points(ax: Any, found: Mapping[int, Any], place: int, label: str) -> None:
+    """Roots of mean squares over nets with their 95 % interval."""
+    middle, ends = _interval([np.exp(2 * logs[:, place]) for logs in found.values()])
+    # An interval that reaches 0 reaches the edge of a logarithmic axis.
+    middle, ends = middle**0.5, np.maximum(ends, 0.0) ** 0.5
+    ax.errorbar(
+        [*found], middle, yerr=np.abs(ends - middle), color=_COLORS[place % len(_COLORS)],
+        marker="o", markersize=4, linestyle="none", capsize=3, label=label,
+    )  # fmt: skip
 
 
 def _finish(ax: Any, ylabel: str) -> None:
     ax.set_yscale("log")
-    heights = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in ax.lines])
-    seen = heights[np.isfinite(heights) & (heights > 0)]
-    if len(seen):
-        ax.set_ylim(seen.min() / 2, seen.max() * 2)
     ax.set_xlabel("depth L")
     ax.set_ylabel(ylabel)
 
@@ -80,7 +84,7 @@ def _independent(
         found = by_depth(measured, "iid", key)
         for place, beta in enumerate(sizes.iid_betas):
             label = f"β = {beta:g}, root mean square of {sizes.nets} nets and 95 %"
-            _curve(ax, found, place, label, power=2, linestyle="none")
+            _points(ax, found, place, label)
             exact = [
                 theory.deviation_second_moment(depth, theory.scaling_factor(depth, beta)) ** 0.5
                 for depth in grid.tolist()
@@ -134,7 +138,7 @@ def _smooth(
         ("smooth.shallow", "... nor from L = 10 on"),
         ("smooth.explodes", "β = 1/2 explodes"),
     )
-    head = f"mean of {sizes.smooth_nets} res-3 nets of width {sizes.width} and 95 %"
+    head = f"geometric mean of {sizes.smooth_nets} res-3 nets of width {sizes.width} and 95 %"
     figure.suptitle(f"{title}\n{head}", x=0.01, ha="left", fontsize="medium")
     plots.save(figure, out / "smooth.png")
 

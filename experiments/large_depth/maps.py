@@ -160,7 +160,7 @@ def weights(
     title = titles(
         ("regularity.smooth", "Smooth layers stay smooth"),
         ("regularity.rough", "independent layers stay rough"),
-        ("regularity.change-rough", "and what is added to them is"),
+        ("regularity.change-rough", "what training adds to them is like Brownian motion"),
     )
     seeds = len(next(iter(groups.values())))
     head = (
