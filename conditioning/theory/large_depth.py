@@ -153,10 +153,14 @@ def limit_norm_ratio_density(ratio: ArrayLike, width: int) -> Array:
     Raises
     ------
     InvalidArgumentError
-        If ``width`` is not a positive integer.
+        If ``width`` is not a positive integer of which float64 has the inverse, or ``ratio`` is no
+        number of float64.
     """
     mean, variance = limit_log_norm_law(width)
-    place = np.asarray(ratio, dtype=np.float64)
+    if variance == 0:
+        msg = "width must be smaller: 2 / width leaves the range of float64."
+        raise InvalidArgumentError(msg)
+    place = _numbers(ratio, "ratio")
     positive = np.where(place <= 0, 1.0, place)
     # The logarithm of the norm is half that of its square.
     spread = math.sqrt(variance) / 2
@@ -189,7 +193,7 @@ def fgn_autocovariance(hurst: float, lags: ArrayLike) -> Array:
     Raises
     ------
     InvalidArgumentError
-        If ``hurst`` lies outside (0, 1).
+        If ``hurst`` lies outside (0, 1), or ``lags`` are no numbers of float64.
 
     Examples
     --------
@@ -197,7 +201,7 @@ def fgn_autocovariance(hurst: float, lags: ArrayLike) -> Array:
     [1.0, 0.74, 0.63]
     """
     power = 2 * _hurst(hurst)
-    lag = np.abs(np.asarray(lags, dtype=np.float64))
+    lag = np.abs(_numbers(lags, "lags"))
     return np.asarray(((lag + 1) ** power - 2 * lag**power + np.abs(lag - 1) ** power) / 2)
 
 
@@ -414,11 +418,19 @@ def _share_along(width: int | None) -> float:
 
 
 def _correlation(correlation: ArrayLike) -> Array:
-    r = np.asarray(correlation, dtype=np.float64)
+    r = _numbers(correlation, "correlation")
     if not bool((np.abs(r) <= 1).all()):
         msg = "correlation must lie in [-1, 1]."
         raise InvalidArgumentError(msg)
     return r
+
+
+def _numbers(value: ArrayLike, name: str) -> Array:
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (OverflowError, TypeError, ValueError) as error:
+        msg = f"{name} must be real numbers that float64 holds, got {type(value).__name__}."
+        raise InvalidArgumentError(msg) from error
 
 
 def _hurst(value: float) -> float:

@@ -20,8 +20,6 @@ from scipy.special import ndtr
 from conditioning.errors import InvalidArgumentError
 from conditioning.theory._checks import finite_float, positive_int
 
-# Largest exponent of e that float64 holds.
-_LARGEST = 709.0
 # So that squares stay finite.
 _HUGE = 1e100
 # The narrowest and the widest step of a block that the law of a coordinate is followed at.
@@ -58,8 +56,8 @@ def scaling_factor(num_blocks: int, exponent: float, kappa: float = 1.0) -> floa
     Raises
     ------
     InvalidArgumentError
-        If ``num_blocks`` is not a positive integer, another number is not finite or the result
-        would not be.
+        If ``num_blocks`` is not a positive integer, another number is not finite, or the power
+        leaves the range of float64.
 
     Examples
     --------
@@ -67,13 +65,12 @@ def scaling_factor(num_blocks: int, exponent: float, kappa: float = 1.0) -> floa
     0.1
     """
     count = positive_int(num_blocks, "num_blocks")
-    power = -finite_float(exponent, "exponent") * math.log(count)
-    scale = finite_float(kappa, "kappa")
-    if power > _LARGEST:
-        msg = f"L^(-exponent) leaves the range of float64 at L = {count}, exponent {exponent}."
-        raise InvalidArgumentError(msg)
-    # As a power, because that of a square root is exact more often.
-    return scale * math.pow(count, -float(exponent))
+    factor, power = finite_float(kappa, "kappa"), -finite_float(exponent, "exponent")
+    try:
+        return factor * math.pow(count, power)
+    except OverflowError as error:
+        msg = "num_blocks ** -exponent must lie in the range of float64; choose a smaller power."
+        raise InvalidArgumentError(msg) from error
 
 
 def log_growth_bounds(tau: float, num_blocks: int, variance: float = 1.0) -> tuple[float, float]:
