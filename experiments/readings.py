@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -121,9 +122,26 @@ def ratio_of_groups(
     return Measured(value, float(low), float(high), num_runs=count, run=run)
 
 
+@dataclass(frozen=True)
+class Rate(Measured):
+    """A rate of success, with the counts behind it.
+
+    Parameters
+    ----------
+    successes, undecided : int
+        Among ``num_runs`` runs.
+    confidence : float
+        Of the enclosure.
+    """
+
+    successes: int = 0
+    undecided: int = 0
+    confidence: float = 0.95
+
+
 def rate_of(
     successes: int, runs: int, *, undecided: int = 0, confidence: float = 0.95, run: str = ""
-) -> Measured:
+) -> Rate:
     """Rate of success of independent runs, with the exact interval of Clopper and Pearson.
 
     Parameters
@@ -139,34 +157,50 @@ def rate_of(
 
     Returns
     -------
-    Measured
+    Rate
         NaN without any decided run.
     """
     if not 0 <= successes <= successes + undecided <= runs:
         msg = f"{successes} successes and {undecided} undecided runs among {runs}"
         raise ValueError(msg)
+    counts: dict[str, Any] = {
+        "num_runs": runs, "run": run, "successes": successes, "undecided": undecided,
+        "confidence": confidence,
+    }  # fmt: skip
     if undecided == runs:
-        return Measured(math.nan, num_runs=runs, run=run)
+        return Rate(math.nan, **counts)
     tail, most = (1 - confidence) / 2, successes + undecided
     low = stats.beta.ppf(tail, successes, runs - successes + 1) if successes else 0.0
     high = stats.beta.isf(tail, most + 1, runs - most) if most < runs else 1.0
     value = successes / (runs - undecided)
-    return Measured(value, float(low), float(high), num_runs=runs, run=run)
+    return Rate(value, float(low), float(high), **counts)
 
 
-def difference_of_rates(rate: Measured, other: Measured, *, run: str = "") -> Measured:
+def difference_of_rates(rate: Rate, other: Rate, *, run: str = "") -> Measured:
     """How far one rate lies above another, of independent runs, each with its interval.
 
     The distances of the ends to the values are combined by the square root of their squares
-    (Newcombe, Statistics in Medicine 17, 1998, with other intervals of the two).
+    (Newcombe, Statistics in Medicine 17, 1998, with other intervals of the two). That is for
+    errors of sampling, which are independent. Runs that are not decided are none: for the lower
+    end those of the first are failures and those of the other successes, for the upper end the
+    other way round.
     """
     value = rate.value - other.value
-    (low, high), (other_low, other_high) = rate.enclosure, other.enclosure
-    below = math.hypot(rate.value - low, other_high - other.value)
-    above = math.hypot(high - rate.value, other.value - other_low)
-    return Measured(
-        value, value - below, value + above, num_runs=rate.num_runs + other.num_runs, run=run
-    )
+    runs = rate.num_runs + other.num_runs
+    if math.isnan(value):
+        return Measured(math.nan, num_runs=runs, run=run)
+    least, other_least = (_without_open(one, open_won=False) for one in (rate, other))
+    most, other_most = (_without_open(one, open_won=True) for one in (rate, other))
+    low, high = least.value - other_most.value, most.value - other_least.value
+    low -= math.hypot(least.value - least.enclosure[0], other_most.enclosure[1] - other_most.value)
+    high += math.hypot(most.enclosure[1] - most.value, other_least.value - other_least.enclosure[0])
+    return Measured(value, low, high, num_runs=runs, run=run)
+
+
+def _without_open(rate: Rate, *, open_won: bool) -> Rate:
+    """The same runs if those that are not decided had all succeeded, or all failed."""
+    won = rate.successes + (rate.undecided if open_won else 0)
+    return rate_of(won, rate.num_runs, confidence=rate.confidence)
 
 
 def mann_whitney_law(size: int, other: int) -> Array:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.claims import Measured
 from experiments.readings import (
     difference_of_rates,
     growth_exponent,
@@ -166,8 +165,34 @@ def test_a_difference_of_rates_is_enclosed():
     assert 0.25 < low < 0.4 < high < 0.55
     same = difference_of_rates(one, one)
     assert same.low == -same.high
-    exact = difference_of_rates(Measured(0.3), Measured(0.1))
-    assert exact.enclosure == (pytest.approx(0.2), pytest.approx(0.2))
+    assert math.isnan(difference_of_rates(one, rate_of(0, 5, undecided=5)).value)
+
+
+def test_undecided_runs_may_all_lie_on_the_worse_side_of_a_difference():
+    one, other = rate_of(600, 1000, undecided=200), rate_of(420, 1000, undecided=200)
+    found = difference_of_rates(one, other)
+    # 0.6 against 0.62 is possible, and 0.8 against 0.42.
+    assert found.low < 0.6 - 0.62 < found.value < 0.8 - 0.42 < found.high
+    for first in (0, 100, 200):
+        for second in (0, 100, 200):
+            settled = difference_of_rates(
+                rate_of(600 + first, 1000), rate_of(420 + second, 1000)
+            ).enclosure
+            assert found.low <= settled[0]
+            assert settled[1] <= found.high
+    ends = (
+        difference_of_rates(rate_of(600, 1000), rate_of(620, 1000)).low,
+        difference_of_rates(rate_of(800, 1000), rate_of(420, 1000)).high,
+    )
+    assert found.enclosure == pytest.approx(ends)
+
+
+def test_the_confidence_of_rates_is_that_of_their_difference():
+    wide, narrow = (
+        difference_of_rates(rate_of(60, 100, confidence=level), rate_of(40, 100, confidence=level))
+        for level in (0.99, 0.5)
+    )
+    assert wide.low < narrow.low < narrow.high < wide.high
 
 
 def test_the_interval_of_a_difference_covers_it():

@@ -1,4 +1,4 @@
-"""Closed forms of the two-layer nets against sampling, autograd, dense Hessians and descent."""
+"""Closed forms of the two-layer nets against sampling, autograd, and dense Hessians."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch
 
 from conditioning.errors import InvalidArgumentError, ShapeError
 from conditioning.theory import (
-    absorbed_by_optimum,
-    absorbed_by_spurious,
     angle_between,
     conv_best_outputs,
     conv_gradients,
@@ -27,15 +25,7 @@ from conditioning.theory import (
 )
 from experiments.models import TwoLayerConv, population_loss, rectified_kernel
 from experiments.shortcut_importance.descent import (
-    OPEN,
-    OPTIMUM,
-    SPURIOUS,
-    Lanes,
     Nets,
-    advance,
-    descend,
-    descend_vectors,
-    follow,
 )
 
 
@@ -183,6 +173,7 @@ def test_the_shortcut_is_average_pooling():
     [
         (torch.zeros(2, 4), torch.zeros(3, 2), ShapeError),
         (torch.tensor(1.0), torch.zeros(2), ShapeError),
+        (torch.ones(4), torch.tensor(1.0), ShapeError),
         (torch.zeros(4), torch.zeros(2).double(), InvalidArgumentError),
         (torch.zeros(4).long(), torch.zeros(2).long(), InvalidArgumentError),
     ],
@@ -251,141 +242,6 @@ def test_both_critical_points_have_the_predicted_hessians_and_natures(ratio):
     assert conv_spurious_curvature(a_star, 2) == pytest.approx(-float(spurious @ a_star) / math.pi)
 
 
-# -------------------------------------------------------------------------------- basins
-
-
-def test_the_warm_up_limit_is_where_the_relaxed_alignment_vanishes():
-    for k in (16, 100):
-        for share in (1e-3, 0.05, 0.2, 0.3):
-            limit = warm_up_limit(share, k)
-            assert math.pi / 2 <= limit <= math.pi
-            assert abs(float(relaxed_alignment(limit, share, k))) < 1e-12
-        assert warm_up_limit(0.0, k) == math.pi / 2
-        edge = conv_spurious_threshold(k) / k
-        assert warm_up_limit(edge * 1.001, k) == math.pi
-        assert warm_up_limit(edge * 0.999, k) < math.pi
-    # Measured in the earlier simulation: success up to 0.50 pi at r = 1/256, 0.60 pi at r = 0.2.
-    assert 0.50 < warm_up_limit(1 / 256, 16) / math.pi < 0.51
-    assert warm_up_limit(0.2, 16) / math.pi > 0.60
-
-
-def lanes_of(mean, other, angle, k=16, parts=(0.3, 0.9), rate=None, warm_up=0, warm_rate=None):
-    one = torch.ones_like(mean)
-    rate = 1 / k**2 if rate is None else rate
-    return Lanes(
-        mean, other, angle, one * k, one * parts[0], one * parts[1], one / k**2, one * rate,
-        one * (rate if warm_rate is None else warm_rate), torch.full(mean.shape, warm_up),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("rate", [0.01, 1.0, 4.0])
-def test_no_step_leaves_the_sets_and_they_lead_where_they_say(rate):
-    count = 1000
-    mean, other = 0.3 * (2 * torch.rand(2, count).double() - 1)
-    angle = math.pi * torch.rand(count).double()
-    # The largest step that the first set allows is 4 / |a*|^2.
-    lanes = lanes_of(mean, other, angle, rate=rate / 0.9)
-    before = lanes.fate()
-    assert {int(value) for value in before.unique()} >= {OPTIMUM, SPURIOUS}
-    after = lanes
-    for step in range(0, 2000, 50):
-        after = advance(after, step, 50)
-        assert torch.equal(after.fate()[before != OPEN], before[before != OPEN])
-    good, bad = before == OPTIMUM, before == SPURIOUS
-    assert (after.angle[good] <= lanes.angle[good] + 1e-12).all()
-    assert (after.angle[bad] >= lanes.angle[bad] - 1e-12).all()
-    far = advance(after, 2000, 8000) if rate == 1.0 else after
-    if rate == 1.0:
-        assert far.angle[good].max() < 1e-3
-        assert far.angle[bad].min() > math.pi - 0.3
-
-
-def test_a_step_that_is_too_large_is_not_certain():
-    one = torch.ones(1).double()
-    inside = (0.2 * one, 0.1 * one, one, 16, 0.3, 0.9)
-    assert absorbed_by_optimum(*inside, 1.0)
-    assert not absorbed_by_optimum(*inside, 5.0)
-    outside = (0.25 * one, -0.3 * one, 3.0 * one, 16, 0.3, 0.9)
-    assert absorbed_by_spurious(*outside, 1.0)
-    assert not absorbed_by_spurious(*outside, 50.0)
-    # Where the spurious point is a saddle nothing ends there.
-    assert not absorbed_by_spurious(0.9 * one, -3.0 * one, 3.1 * one, 16, 0.9, 0.3, 0.01)
-
-
-@pytest.mark.parametrize("negative_sum", [False, True])
-def test_vectors_and_three_numbers_take_the_same_way(negative_sum):
-    k, p, count = 6, 5, 30
-    a_star = normal(count, k) + (-0.4 if negative_sum else 0.4)
-    nets = Nets(unit(count, p), 0.3 * normal(count, k), unit(count, p), a_star)
-    one = torch.ones(count).double()
-    rates = {"output_rate": 0.02 * one, "filter_rate": 0.1 * one, "warm_rate": 0.001 * one}
-    lanes = nets.reduce(**rates, warm_up=torch.full((count,), 40))
-    states = follow(lanes, [0, 17, 40, 500])
-    for state, (first, second) in zip(states, ((0, 0), (17, 0), (40, 0), (40, 460)), strict=True):
-        stages = [(first, rates["warm_rate"]), (second, rates["filter_rate"])]
-        after = descend_vectors(nets, rates["output_rate"], stages)
-        there = after.reduce(**rates, warm_up=torch.full((count,), 40))
-        for quantity in ("mean", "other", "angle"):
-            torch.testing.assert_close(
-                getattr(there, quantity), getattr(state, quantity), rtol=0, atol=1e-9
-            )
-
-
-@pytest.mark.parametrize("normalised", [True, False])
-def test_a_step_of_vectors_is_a_step_along_the_gradient_of_the_module(normalised):
-    nets = Nets(unit(4, 5), normal(4, 3), unit(4, 5), normal(4, 3))
-    rate = torch.tensor([0.1, 0.2, 0.3, 0.4]).double()
-    after = descend_vectors(nets, rate, [(1, 2 * rate)], normalised=normalised)
-    net = TwoLayerConv(nets.filters - 5**-0.5, nets.outputs, shortcut=True, normalised=normalised)
-    loss = net.population_loss(nets.teacher_filters, nets.teacher_outputs).sum()
-    in_w, in_a = torch.autograd.grad(loss, [net.weights, net.outputs])
-    with torch.no_grad():
-        net.weights.sub_(2 * rate[:, None] * in_w)
-        net.outputs.sub_(rate[:, None] * in_a)
-    if normalised:
-        net.renormalise()
-    torch.testing.assert_close(after.filters, net.weights.detach() + 5**-0.5)
-    torch.testing.assert_close(after.outputs, net.outputs.detach())
-
-
-def test_lanes_that_are_decided_are_taken_out_and_counted():
-    angle = torch.tensor([0.5, 0.5, 3.0, math.pi / 2], dtype=torch.float64)
-    mean = torch.tensor([0.2, 0.2, 0.25, 0.0], dtype=torch.float64)
-    other = torch.tensor([0.1, -0.1, -0.3, 0.0], dtype=torch.float64)
-    found = descend(lanes_of(mean, other, angle), 5000)
-    assert found.fate[0] == OPTIMUM
-    assert found.fate[2] == SPURIOUS
-    assert found.step[[0, 2]].tolist() == [0, 0]
-    assert found.fate[1] == OPTIMUM
-    assert found.step[1] > 0
-    # At a right angle and without outputs the first step decides.
-    assert descend(lanes_of(mean[3:], other[3:], angle[3:]), 0).fate.tolist() == [OPEN]
-    assert found.successes() == int((found.fate == OPTIMUM).sum())
-
-
-def test_warm_ups_of_different_lengths_run_side_by_side():
-    mean, other = torch.full((2,), -0.2).double(), torch.full((2,), -0.25).double()
-    angle = torch.full((2,), math.pi / 3).double()
-    long = lanes_of(mean[:1], other[:1], angle[:1], rate=2.0, warm_rate=1e-5, warm_up=2560)
-    short = lanes_of(mean[1:], other[1:], angle[1:], rate=2.0, warm_rate=1e-5, warm_up=10)
-    both = descend(Lanes.join([long, short]), 5000)
-    assert both.fate.tolist() == [OPTIMUM, SPURIOUS]
-    for lanes, fate in ((long, OPTIMUM), (short, SPURIOUS)):
-        assert descend(lanes, 5000).fate.tolist() == [fate]
-    with pytest.raises(ValueError, match="a warm-up ends within"):
-        advance(short, 0, 20)
-
-
-def test_step_sizes_for_which_the_sets_mean_nothing_are_refused():
-    one = torch.ones(1).double()
-    with pytest.raises(ValueError, match="must not exceed"):
-        Lanes(one, one, one, 16 * one, one, one, one, one, one, one.long())
-    with pytest.raises(ValueError, match="must not"):
-        lanes_of(one, one, one, rate=0.1, warm_rate=0.2)
-    with pytest.raises(ValueError, match="one shape"):
-        lanes_of(one, torch.ones(2).double(), one)
-
-
 # -------------------------------------------------------------------------------- input
 
 
@@ -407,10 +263,53 @@ def test_bad_input_is_refused_with_what_to_do():
         conv_spurious_threshold(0)
     with pytest.raises(ShapeError, match="shape"):
         conv_optimum_spectrum(torch.ones(2, 2), 4)
-    with pytest.raises(ShapeError, match="k >= 1"):
+    with pytest.raises(ShapeError, match="n >= 1"):
         conv_best_outputs(0.0, torch.tensor(1.0))
     with pytest.raises(InvalidArgumentError, match="not negative"):
         conv_loss_reduced(v, v, v, 16, -1.0, 1.0)
+    for k in (0, -3):
+        with pytest.raises(InvalidArgumentError, match="at least 1"):
+            conv_loss_reduced(v, v, v, k, 1.0, 1.0)
+    with pytest.raises(ShapeError, match="shape"):
+        conv_spurious_curvature(torch.ones(2, 2), 4)
+    with pytest.raises(ShapeError, match="same last axis"):
+        angle_between(v, a)
+    rows = torch.ones(2, 3), torch.ones(5, 3)
+    with pytest.raises(ShapeError, match="leading axes"):
+        angle_between(*rows)
+    with pytest.raises(ShapeError, match="leading axes"):
+        conv_loss(v.expand(2, 2), a.expand(5, 3), v, a)
+    with pytest.raises(ShapeError, match="leading axes"):
+        conv_loss_reduced(v, torch.ones(3), 1.0, 16, 1.0, 1.0)
+
+
+def test_a_teacher_of_another_norm_and_filters_without_a_direction_are_refused():
+    net = TwoLayerConv(torch.ones(4), torch.ones(2), shortcut=True)
+    with pytest.raises(InvalidArgumentError, match="norm 1"):
+        net.population_loss(torch.ones(4), torch.ones(2))
+    assert torch.isfinite(net.population_loss(torch.ones(4) / 2, torch.ones(2)))
+    for weights, shortcut in ((torch.zeros(4), False), (torch.full((4,), -0.5), True)):
+        with pytest.raises(InvalidArgumentError, match="a filter is zero"):
+            TwoLayerConv(weights, torch.ones(2), shortcut=shortcut)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_pi_of_every_dtype_is_an_angle(dtype):
+    assert float(rectified_overlap(torch.tensor(math.pi, dtype=dtype))) < 1e-5
+    with pytest.raises(InvalidArgumentError, match="fold it"):
+        rectified_overlap(torch.tensor(3.3, dtype=dtype))
+
+
+def test_the_kernel_has_second_derivatives_backwards_alone():
+    u, target = normal(4), unit(4)
+
+    def kernel(x):
+        return rectified_kernel(x, target)
+
+    dense = torch.func.jacrev(torch.func.jacrev(kernel))(u)
+    torch.testing.assert_close(dense, dense_hessian(kernel, u))
+    with pytest.raises(NotImplementedError):
+        torch.func.hessian(kernel)(u)
 
 
 def test_numbers_of_python_and_numpy_are_taken_in_full():

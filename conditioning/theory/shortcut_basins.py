@@ -29,7 +29,7 @@ from torch import Tensor
 
 from conditioning.errors import InvalidArgumentError
 from conditioning.theory._checks import finite_float, positive_int, real_tensor
-from conditioning.theory.shortcut_importance import angle_values, rectified_overlap
+from conditioning.theory.shortcut_importance import angle_values, fitting, rectified_overlap
 
 
 def conv_loss_reduced(
@@ -60,6 +60,12 @@ def conv_loss_reduced(
     Returns
     -------
     Tensor of shape (...)
+
+    Raises
+    ------
+    ShapeError, InvalidArgumentError
+        If axes do not fit, an angle or a number of patches is outside its range, or a norm
+        negative.
     """
     s, c, phi, k, big_s, big_c = _reduced(
         mean, other, angle, num_patches, teacher_mean, teacher_other
@@ -148,27 +154,33 @@ def absorbed_by_optimum(
 
     :math:`\varphi < \pi/2`, :math:`A > 0`, :math:`s \le S`, and
     :math:`\eta_w (S^2 + \max(c, C) C) \le 4`, for rates of ``a`` up to
-    :math:`2\pi/(k + \pi - 1)` and of the filter up to ``filter_rate``, constant or not. No step
-    leaves the set: :math:`A` shrinks by no more than the factor :math:`1 - \eta_a (\pi-1)/2\pi`,
-    since :math:`g \ge 1` and :math:`s \le S`; the angle does not grow, since a step turns the
-    filter by at most twice the angle; and the angle has no other limit than 0. Source: derived
-    here; the set without the last condition, for small steps, is that behind Liu et al.
+    :math:`2\pi/(k + \pi - 1)` and of the filter up to ``filter_rate``, constant or not, but not
+    falling towards zero: bounded below by a positive number. No step leaves the set: :math:`A`
+    shrinks by no more than the factor :math:`1 - \eta_a (\pi-1)/2\pi`, since :math:`g \ge 1` and
+    :math:`s \le S`; the angle does not grow, since a step turns the filter by at most twice the
+    angle; and the angle has no other limit than 0. Source: derived here; the set without the last
+    condition, for small steps, is that behind Liu et al.
 
     Parameters
     ----------
     mean, other, angle, num_patches, teacher_mean, teacher_other
         As in :func:`conv_loss_reduced`.
     filter_rate : float or Tensor
-        The largest step size of the filter from here on.
+        The largest step size of the filter from here on, positive.
 
     Returns
     -------
     Tensor of bool, shape (...)
+
+    Raises
+    ------
+    ShapeError, InvalidArgumentError
+        If axes do not fit, or a number is outside its range.
     """
     s, c, phi, _, big_s, big_c = _reduced(
         mean, other, angle, num_patches, teacher_mean, teacher_other
     )
-    rate = real_tensor(filter_rate, "filter_rate")
+    rate = _filter_rate(filter_rate)
     largest = big_s**2 + torch.maximum(c, big_c) * big_c
     gentle = rate * largest <= 4 * (1 + 1e-12)
     return (phi < math.pi / 2) & (s * big_s + c * big_c > 0) & (s <= big_s) & gentle
@@ -189,7 +201,8 @@ def absorbed_by_spurious(
     :math:`(1 - g)|a^*|^2 \ge S^2 k \pi/(k + \pi - 1)`, and
     :math:`\eta_w (\max(|s|, S) S + \max(|c|, C) C) \le 4 \pi`; rates as in
     :func:`absorbed_by_optimum`. Then no step makes :math:`A` positive, ``s`` too small or the angle
-    smaller. The set is empty unless the spurious point is a local minimum. Source: derived here.
+    smaller. The set is empty unless the spurious point is a local minimum. The conditions are
+    sufficient, not necessary. Source: derived here.
 
     Parameters
     ----------
@@ -199,11 +212,16 @@ def absorbed_by_spurious(
     Returns
     -------
     Tensor of bool, shape (...)
+
+    Raises
+    ------
+    ShapeError, InvalidArgumentError
+        As :func:`absorbed_by_optimum`.
     """
     s, c, phi, k, big_s, big_c = _reduced(
         mean, other, angle, num_patches, teacher_mean, teacher_other
     )
-    rate = real_tensor(filter_rate, "filter_rate")
+    rate = _filter_rate(filter_rate)
     slow = (k + math.pi - 1).reciprocal() * big_s
     wide = (1 - rectified_overlap(phi)) * (big_s**2 + big_c**2) >= math.pi * k * slow * big_s
     largest = torch.maximum(s.abs(), big_s) * big_s + torch.maximum(c.abs(), big_c) * big_c
@@ -219,10 +237,24 @@ def _share(value: float) -> float:
     return share
 
 
+def _filter_rate(value: Any) -> Tensor:
+    rate = real_tensor(value, "filter_rate")
+    if bool((rate <= 0).any()):
+        msg = "filter_rate must be positive: a filter that rests never arrives."
+        raise InvalidArgumentError(msg)
+    return rate
+
+
 def _reduced(s: Any, c: Any, phi: Any, k: Any, big_s: Any, big_c: Any) -> tuple[Tensor, ...]:
     teacher = real_tensor(big_s, "teacher_mean"), real_tensor(big_c, "teacher_other")
     if any(bool((part < 0).any()) for part in teacher):
         msg = "teacher_mean and teacher_other are norms, not negative: turn the signs of s and c."
         raise InvalidArgumentError(msg)
     count = real_tensor(k, "num_patches")
-    return real_tensor(s, "mean"), real_tensor(c, "other"), angle_values(phi), count, *teacher
+    if bool((count < 1).any()):
+        msg = "num_patches must be at least 1."
+        raise InvalidArgumentError(msg)
+    found = real_tensor(s, "mean"), real_tensor(c, "other"), angle_values(phi), count, *teacher
+    names = ("mean", "other", "angle", "num_patches", "teacher_mean", "teacher_other")
+    fitting(**{name: value[..., None] for name, value in zip(names, found, strict=True)})
+    return found

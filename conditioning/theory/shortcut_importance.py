@@ -47,6 +47,8 @@ def angle_between(first: Any, second: Any) -> Tensor:
 
     Raises
     ------
+    ShapeError
+        If the last axes differ, or the others do not fit.
     InvalidArgumentError
         If a vector is zero.
 
@@ -55,12 +57,10 @@ def angle_between(first: Any, second: Any) -> Tensor:
     >>> round(angle_between([1.0, 0.0], [1.0, 1e-12]).item() * 1e12, 9)
     1.0
     """
-    x, y = (
-        _unit(real_tensor(first, "first"), "first"),
-        _unit(real_tensor(second, "second"), "second"),
-    )
-    norm = torch.linalg.vector_norm
-    return 2 * torch.atan2(norm(x - y, dim=-1), norm(x + y, dim=-1))
+    x, y = _vectors(first, "first"), _vectors(second, "second")
+    _same_last_axis("first and second", x, y)
+    fitting(first=x, second=y)
+    return angle_of(_unit(x, "first"), _unit(y, "second"))[..., 0]
 
 
 def rectified_overlap(angle: Tensor | float) -> Tensor:
@@ -74,7 +74,7 @@ def rectified_overlap(angle: Tensor | float) -> Tensor:
     Parameters
     ----------
     angle : Tensor of shape (...), or float
-        In ``[0, pi]``.
+        In ``[0, pi]``, up to a few roundings of its dtype.
 
     Returns
     -------
@@ -85,11 +85,7 @@ def rectified_overlap(angle: Tensor | float) -> Tensor:
     >>> rectified_overlap(math.pi / 2).item()
     1.0
     """
-    phi = angle_values(angle)
-    rest = math.pi - phi
-    # sin(phi) - rest cos(rest) loses all digits near pi: the series is exact there.
-    series = rest**3 / 3 * (1 - rest**2 / 10 * (1 - rest**2 / 28))
-    return torch.where(rest < 1e-2, series, rest * torch.cos(phi) + torch.sin(phi))
+    return overlap_of(angle_values(angle))
 
 
 def conv_loss(
@@ -126,7 +122,7 @@ def conv_loss(
     Raises
     ------
     ShapeError, InvalidArgumentError
-        If the last axes do not fit, a filter is zero, or the teacher's does not have norm 1.
+        If axes do not fit, a filter is zero, or the teacher's does not have norm 1.
 
     Examples
     --------
@@ -177,20 +173,10 @@ def conv_gradients(
     ShapeError, InvalidArgumentError
         As :func:`conv_loss`.
     """
-    u, a, v_star, a_star = _net(filters, outputs, teacher_filter, teacher_outputs)
-    size = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
-    v = u / size
-    scaled = a if normalised else size * a
-    phi = angle_between(u, v_star)[..., None]
-    g = rectified_overlap(phi)
-    difference = scaled.sum(-1, keepdim=True) - a_star.sum(-1, keepdim=True)
-    in_outputs = (difference + (math.pi - 1) * scaled - (g - 1) * a_star) / _TWO_PI
-    across = v_star - (v * v_star).sum(-1, keepdim=True) * v
-    alignment = (scaled * a_star).sum(-1, keepdim=True)
-    in_filter = -alignment * (math.pi - phi) / (_TWO_PI * size) * across
-    if normalised:
-        return in_filter, in_outputs.broadcast_to(torch.broadcast_shapes(a.shape, in_outputs.shape))
-    return in_filter + (a * in_outputs).sum(-1, keepdim=True) * v, size * in_outputs
+    net = _net(filters, outputs, teacher_filter, teacher_outputs)
+    in_filter, in_outputs = gradients_of(*net, normalised=normalised)
+    shape = torch.broadcast_shapes(net[1].shape, in_outputs.shape)
+    return in_filter, in_outputs.broadcast_to(shape)
 
 
 # ------------------------------------------------------------------------- critical points
@@ -218,7 +204,7 @@ def conv_best_outputs(angle: Tensor | float, teacher_outputs: Tensor) -> Tensor:
     >>> conv_best_outputs(0.0, a)
     tensor([ 2., -1.], dtype=torch.float64)
     """
-    a_star = _outputs(teacher_outputs, "teacher_outputs")
+    a_star = _vectors(teacher_outputs, "teacher_outputs")
     g = rectified_overlap(angle).to(a_star.device)[..., None]
     k = a_star.shape[-1]
     mean = a_star.mean(-1, keepdim=True)
@@ -269,9 +255,14 @@ def conv_spurious_curvature(teacher_outputs: Tensor, filter_size: int) -> float:
     -------
     float
         Positive beside a local minimum, negative beside a saddle.
+
+    Raises
+    ------
+    ShapeError
+        If the outputs are not those of one teacher.
     """
     size = positive_int(filter_size, "filter_size", at_least=2)
-    a_star = _outputs(teacher_outputs, "teacher_outputs")
+    a_star = _one_teacher(teacher_outputs)
     alignment = float(conv_best_outputs(math.pi, a_star) @ a_star)
     steep, flat = -alignment / math.pi, -alignment / _TWO_PI
     return steep if size == 2 else min(steep, flat)
@@ -293,7 +284,7 @@ def conv_optimum_spectrum(teacher_outputs: Tensor, filter_size: int) -> Discrete
     -------
     DiscreteSpectrum
     """
-    a_star = _outputs(teacher_outputs, "teacher_outputs")
+    a_star = _one_teacher(teacher_outputs)
     return _spectrum(a_star, filter_size, float(a_star.square().sum()) / 2)
 
 
@@ -314,18 +305,53 @@ def conv_spurious_spectrum(teacher_outputs: Tensor, filter_size: int) -> Discret
     -------
     DiscreteSpectrum
     """
-    return _spectrum(_outputs(teacher_outputs, "teacher_outputs"), filter_size, 0.0)
+    return _spectrum(_one_teacher(teacher_outputs), filter_size, 0.0)
 
 
 def _spectrum(a_star: Tensor, filter_size: int, across: float) -> DiscreteSpectrum:
-    if a_star.ndim != 1:
-        msg = f"teacher_outputs must have shape (k,), got {tuple(a_star.shape)}."
-        raise ShapeError(msg)
     k, p = len(a_star), positive_int(filter_size, "filter_size", at_least=2)
     values = [(math.pi - 1) / _TWO_PI, (k + math.pi - 1) / _TWO_PI, across, 0.0]
     return DiscreteSpectrum.collect(
         torch.tensor(values, dtype=torch.float64), torch.tensor([k - 1, 1, p - 1, 1]), atol=0.0
     )
+
+
+# ------------------------------------------------------------------------- without checks
+# For loops of many steps and for autograd functions: input of any floating dtype, and valid.
+
+
+def angle_of(unit: Tensor, other: Tensor) -> Tensor:
+    """Angle between unit vectors ``(..., p)``, of shape (..., 1)."""
+    norm = torch.linalg.vector_norm
+    near, far = norm(unit - other, dim=-1, keepdim=True), norm(unit + other, dim=-1, keepdim=True)
+    return 2 * torch.atan2(near, far)
+
+
+def overlap_of(phi: Tensor) -> Tensor:
+    """:func:`rectified_overlap` of angles in ``[0, pi]``."""
+    rest = math.pi - phi
+    # sin(rest) - rest cos(rest) loses all digits near pi: the series is exact there.
+    series = rest**3 / 3 * (1 - rest**2 / 10 * (1 - rest**2 / 28))
+    return torch.where(rest < 1e-2, series, rest * torch.cos(phi) + torch.sin(phi))
+
+
+def gradients_of(
+    u: Tensor, a: Tensor, v_star: Tensor, a_star: Tensor, *, normalised: bool
+) -> tuple[Tensor, Tensor]:
+    """:func:`conv_gradients` of tensors whose axes fit."""
+    size: Tensor = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+    v = u / size
+    scaled = a if normalised else size * a
+    phi = angle_of(v, v_star)
+    difference = scaled.sum(-1, keepdim=True) - a_star.sum(-1, keepdim=True)
+    in_outputs = difference + (math.pi - 1) * scaled - (overlap_of(phi) - 1) * a_star
+    in_outputs = in_outputs / _TWO_PI
+    across = v_star - (v * v_star).sum(-1, keepdim=True) * v
+    alignment = (scaled * a_star).sum(-1, keepdim=True)
+    in_filter = -alignment * (math.pi - phi) / (_TWO_PI * size) * across
+    if normalised:
+        return in_filter, in_outputs
+    return in_filter + (a * in_outputs).sum(-1, keepdim=True) * v, size * in_outputs
 
 
 # ------------------------------------------------------------------------- input
@@ -334,8 +360,10 @@ def _spectrum(a_star: Tensor, filter_size: int, across: float) -> DiscreteSpectr
 def angle_values(value: Any) -> Tensor:
     """Return angles in ``[0, pi]`` as a clean float64 tensor."""
     phi = real_tensor(value, "angle")
-    # A few roundings beyond are angles, too.
-    if bool(((phi < -1e-12) | (phi > math.pi + 1e-12)).any()):
+    # A few roundings beyond are angles, too: pi in float32 lies above pi.
+    narrow = isinstance(value, Tensor) and value.is_floating_point()
+    slack = max(1e-12, 4 * torch.finfo(value.dtype).eps if narrow else 0.0)
+    if bool(((phi < -slack) | (phi > math.pi + slack)).any()):
         msg = "angle must lie in [0, pi] (radians); fold it, for instance with angle_between."
         raise InvalidArgumentError(msg)
     folded: Tensor = phi.clamp(0, math.pi)
@@ -351,26 +379,48 @@ def _unit(vectors: Tensor, name: str) -> Tensor:
     return unit
 
 
-def _outputs(value: Any, name: str) -> Tensor:
+def fitting(**tensors: Tensor) -> None:
+    """Raise unless the tensors' leading axes (all but the last) fit each other."""
+    try:
+        torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors.values()))
+    except RuntimeError as error:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+        msg = f"leading axes must be the same, or 1, or absent: got {shapes}."
+        raise ShapeError(msg) from error
+
+
+def _vectors(value: Any, name: str) -> Tensor:
     tensor = real_tensor(value, name)
     if tensor.ndim == 0 or tensor.shape[-1] == 0:
-        msg = f"{name} must have shape (..., k) with k >= 1, got {tuple(tensor.shape)}."
+        msg = f"{name} must have shape (..., n) with n >= 1, got {tuple(tensor.shape)}."
         raise ShapeError(msg)
     return tensor
 
 
+def _one_teacher(value: Any) -> Tensor:
+    a_star = _vectors(value, "teacher_outputs")
+    if a_star.ndim != 1:
+        msg = f"teacher_outputs must have shape (k,), got {tuple(a_star.shape)}."
+        raise ShapeError(msg)
+    return a_star
+
+
+def _same_last_axis(names: str, one: Tensor, other: Tensor) -> None:
+    if one.shape[-1] != other.shape[-1]:
+        msg = f"{names} must have the same last axis: {tuple(one.shape)}, {tuple(other.shape)}."
+        raise ShapeError(msg)
+
+
 def _net(u: Any, a: Any, v_star: Any, a_star: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    filters, teacher_filter = _outputs(u, "filters"), _outputs(v_star, "teacher_filter")
-    outputs, teacher_outputs = _outputs(a, "outputs"), _outputs(a_star, "teacher_outputs")
-    for one, other, name in (
-        (filters, teacher_filter, "filters"), (outputs, teacher_outputs, "outputs")
-    ):  # fmt: skip
-        if one.shape[-1] != other.shape[-1]:
-            msg = (
-                f"{name} of net and teacher must have the same last axis, got "
-                f"{tuple(one.shape)} and {tuple(other.shape)}."
-            )
-            raise ShapeError(msg)
+    filters, teacher_filter = _vectors(u, "filters"), _vectors(v_star, "teacher_filter")
+    outputs, teacher_outputs = _vectors(a, "outputs"), _vectors(a_star, "teacher_outputs")
+    _same_last_axis("filters of net and teacher", filters, teacher_filter)
+    _same_last_axis("outputs of net and teacher", outputs, teacher_outputs)
+    fitting(
+        filters=filters, outputs=outputs, teacher_filter=teacher_filter,
+        teacher_outputs=teacher_outputs,
+    )  # fmt: skip
+    _unit(filters, "filters")
     sizes = torch.linalg.vector_norm(teacher_filter, dim=-1)
     if bool(((sizes - 1).abs() > 1e-6).any()):
         msg = "teacher_filter must have norm 1: put its norm into teacher_outputs."

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from conditioning.errors import InvalidArgumentError, ShapeError
+from conditioning.theory.shortcut_importance import angle_of, overlap_of
 
 
 class TwoLayerConv(nn.Module):
@@ -37,9 +38,10 @@ class TwoLayerConv(nn.Module):
     Raises
     ------
     ShapeError
-        If the leading axes differ.
+        If the leading axes differ, or one of the two has no axis.
     InvalidArgumentError
-        If the two have different dtypes, or one is not floating.
+        If the two have different dtypes, one is not floating, or a filter is zero: it has no
+        direction, and the loss no derivative there.
 
     Examples
     --------
@@ -54,7 +56,8 @@ class TwoLayerConv(nn.Module):
         self, weights: Tensor, outputs: Tensor, *, shortcut: bool, normalised: bool = True
     ) -> None:
         super().__init__()
-        if weights.ndim == 0 or weights.shape[:-1] != outputs.shape[:-1]:
+        no_axis = weights.ndim == 0 or outputs.ndim == 0
+        if no_axis or weights.shape[:-1] != outputs.shape[:-1]:
             msg = (
                 "weights and outputs must have shape (..., p) and (..., k) with the same leading "
                 f"axes, got {tuple(weights.shape)} and {tuple(outputs.shape)}."
@@ -68,6 +71,9 @@ class TwoLayerConv(nn.Module):
         self.outputs = nn.Parameter(outputs.detach().clone())
         self.normalised = normalised
         self.offset = 1 / math.sqrt(weights.shape[-1]) if shortcut else 0.0
+        if not bool((self.weights.detach() + self.offset).abs().amax(-1).gt(0).all()):
+            msg = "a filter is zero: without a shortcut start from weights that are not."
+            raise InvalidArgumentError(msg)
 
     @property
     def filters(self) -> Tensor:
@@ -103,6 +109,11 @@ class TwoLayerConv(nn.Module):
         ----------
         teacher_filter, teacher_outputs : Tensor of shape (..., p) and (..., k)
             The filter has norm 1.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If it does not.
         """
         return population_loss(self.filters, self.outputs, teacher_filter, teacher_outputs)
 
@@ -111,6 +122,11 @@ def population_loss(
     filters: Tensor, outputs: Tensor, teacher_filter: Tensor, teacher_outputs: Tensor
 ) -> Tensor:
     """The same from filters as patches are multiplied with, normalised if the net does it."""
+    norms = torch.linalg.vector_norm(teacher_filter.detach(), dim=-1)
+    # Half of the digits of the dtype.
+    if bool(((norms - 1).abs() > math.sqrt(torch.finfo(norms.dtype).eps)).any()):
+        msg = "teacher_filter must have norm 1: put its norm into teacher_outputs."
+        raise InvalidArgumentError(msg)
     size = torch.linalg.vector_norm(filters, dim=-1)
     squares = size.square() * outputs.square().sum(-1) + teacher_outputs.square().sum(-1)
     sums = (size * outputs.sum(-1) - teacher_outputs.sum(-1)).square()
@@ -127,7 +143,10 @@ def rectified_kernel(filters: Tensor, teacher_filter: Tensor) -> Tensor:
     Here its derivatives are given by what they are: the gradient is
     :math:`(\pi - \varphi) v^* + \sin \varphi \, u/|u|`, and the Hessian is
     :math:`\sin \varphi \, (I - v v^T + e e^T)/|u|` with ``e`` the unit vector along
-    :math:`v^* - \cos \varphi \, v`: zero at both ends.
+    :math:`v^* - \cos \varphi \, v`: zero at both ends. Derivatives go backwards, once or twice
+    (``torch.autograd``, ``torch.func.grad`` and ``jacrev`` and ``vmap`` of them); there is no
+    forward mode, so ``torch.func.hessian`` and ``jacfwd`` raise ``NotImplementedError``: use
+    ``jacrev(jacrev(...))``.
 
     Parameters
     ----------
@@ -144,9 +163,7 @@ def _split(u: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     unit = u / size
     across = target - (unit * target).sum(-1, keepdim=True) * unit
     sine = torch.linalg.vector_norm(across, dim=-1, keepdim=True)
-    norm = torch.linalg.vector_norm
-    near, far = norm(unit - target, dim=-1, keepdim=True), norm(unit + target, dim=-1, keepdim=True)
-    return size, unit, across, sine, 2 * torch.atan2(near, far)
+    return size, unit, across, sine, angle_of(unit, target)
 
 
 class _Kernel(torch.autograd.Function):
@@ -157,11 +174,7 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(u: Tensor, target: Tensor) -> Tensor:
         size, _, _, _, angle = _split(u, target)
-        rest = math.pi - angle
-        # What is left of the two terms near pi: a third of the cube.
-        series = rest**3 / 3 * (1 - rest**2 / 10 * (1 - rest**2 / 28))
-        exact = rest * torch.cos(angle) + torch.sin(angle)
-        return (size * torch.where(rest < 1e-2, series, exact))[..., 0]
+        return (size * overlap_of(angle))[..., 0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004

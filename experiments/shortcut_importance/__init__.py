@@ -67,7 +67,13 @@ class Sizes(Preset):
     edge_offsets : tuple of float
         First angles beside the predicted limit, over pi, ascending.
     edge_seeds : int
-        Starts at each of these angles.
+        Random starts at each of these angles.
+    below_angles : tuple of float
+        First angles below a right one, over pi, ascending; the teachers are those of the edge.
+    below_sizes : tuple of float
+        ``|a*|^2 / k`` there.
+    below_seeds : int
+        Random starts at each of these angles.
     rate_patches : tuple of int
         ``k`` of the nets whose convergence is followed.
     followed : int
@@ -77,7 +83,7 @@ class Sizes(Preset):
     sample_seeds, sample_group : int
         Nets trained on samples, and how many of them make a cell: what a killed run may lose.
     samples, sample_steps : int
-        Samples of each, and steps after the warm-up.
+        Samples of each, and steps after those of a warm-up.
     """
 
     filter_size: int
@@ -96,6 +102,9 @@ class Sizes(Preset):
     edge_patches: tuple[int, ...]
     edge_offsets: tuple[float, ...]
     edge_seeds: int
+    below_angles: tuple[float, ...]
+    below_sizes: tuple[float, ...]
+    below_seeds: int
     rate_patches: tuple[int, ...]
     followed: int
     plain_seeds: int
@@ -106,9 +115,12 @@ class Sizes(Preset):
     sample_steps: int
 
 
+# Not symmetric: an edge in the middle between two of them is not the predicted one.
 _OFFSETS = (
-    -0.3, -0.2, -0.1, -0.05, -0.02, -0.01, -0.005, -0.002, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1,
+    -0.3, -0.2, -0.1, -0.05, -0.02, -0.01, -0.007, -0.004, -0.001, 0.002, 0.005, 0.008, 0.012,
+    0.02, 0.05, 0.1,
 )  # fmt: skip
+_BELOW = (0.2, 0.3, 1 / 3, 0.4, 0.45, 0.48, 0.49, 0.499, 0.4995)
 PRESETS = {
     "quick": Sizes(
         summary="k = 16 ... 100, 10,000 starts for each rate; one and a half minutes on two cores",
@@ -117,7 +129,7 @@ PRESETS = {
         patches=(16, 25, 36, 49, 64, 81, 100),
         max_steps=30_000,
         ratios=(0.2, 0.5, 0.8, 0.95, 1.1, 1.4, 2.0),
-        monte_carlo_samples=400_000,
+        monte_carlo_samples=1_200_000,
         vectors=60,
         vector_steps=2000,
         arrival=25,
@@ -129,14 +141,17 @@ PRESETS = {
         edge_patches=(16, 25, 36),
         edge_offsets=_OFFSETS,
         edge_seeds=100,
+        below_angles=_BELOW,
+        below_sizes=(1.0, 64.0),
+        below_seeds=200,
         rate_patches=(16, 25),
         followed=200,
         plain_seeds=200,
-        plain_steps=9000,
+        plain_steps=25_000,
         sample_seeds=20,
         sample_group=5,
         samples=1000,
-        sample_steps=400,
+        sample_steps=240,
     ),
     "paper": Sizes(
         summary="100,000 starts for each rate, 100 trainings on 3000 samples each; about "
@@ -158,14 +173,17 @@ PRESETS = {
         edge_patches=(16, 25, 36, 49, 64, 81, 100),
         edge_offsets=_OFFSETS,
         edge_seeds=1000,
+        below_angles=_BELOW,
+        below_sizes=(1.0, 64.0),
+        below_seeds=2000,
         rate_patches=(16, 25, 36, 64),
         followed=1000,
         plain_seeds=1000,
-        plain_steps=9000,
+        plain_steps=25_000,
         sample_seeds=100,
         sample_group=5,
         samples=3000,
-        sample_steps=600,
+        sample_steps=440,
     ),
 }
 # So many starts of a rate make a cell: what a killed run may lose.
@@ -210,10 +228,15 @@ def cells(sizes: Sizes, seeds: int) -> list[dict[str, Any]]:
         for share in sizes.start_shares
     ]
     found += [
-        {"part": "edge", "method": WARM.name, "share": share, "k": k,
+        {"part": "edge", "method": WARM.name, "share": share, "patches": list(sizes.edge_patches),
          "offsets": list(sizes.edge_offsets), "seeds": min(sizes.edge_seeds, seeds)}
         for share in sizes.edge_shares
-        for k in sizes.edge_patches
+    ]  # fmt: skip
+    found += [
+        {"part": "below", "method": WARM.name, "size": size, "shares": list(sizes.edge_shares),
+         "patches": list(sizes.edge_patches), "angles": list(sizes.below_angles),
+         "seeds": min(sizes.below_seeds, seeds)}
+        for size in sizes.below_sizes
     ]  # fmt: skip
     found += [
         {"part": "follow", "teacher": teacher.name, "method": method.name, "k": k,
@@ -267,7 +290,7 @@ def _cost(cell: Mapping[str, Any], sizes: Sizes) -> float:
         return 1e-4 * float(cell["steps"])
     if part == "monte-carlo":
         return 2e-6 * sizes.monte_carlo_samples
-    return {"follow": 1.0, "edge": 0.6, "starts": 1.0}.get(part, 0.15)
+    return {"follow": 1.0, "edge": 2.0, "below": 4.0, "starts": 1.0}.get(part, 0.15)
 
 
 def run(options: Options) -> list[Verdict]:

@@ -27,6 +27,7 @@ from experiments.shortcut_importance.setting import (
     normals,
     on_sphere,
     random_nets,
+    step_sizes,
 )
 
 Cell = Mapping[str, Any]
@@ -146,14 +147,6 @@ def monte_carlo(cell: Cell, device: str) -> dict[str, Any]:
     }
 
 
-def _rates(k: int, count: int, warm_up: int, device: str) -> dict[str, Tensor]:
-    one = torch.ones(count, dtype=torch.float64, device=device)
-    return {
-        "output_rate": one / k**2, "filter_rate": one / k**2, "warm_rate": one / k**4,
-        "warm_up": torch.full((count,), warm_up, device=device),
-    }  # fmt: skip
-
-
 def _stages(rates: Mapping[str, Tensor], warm_up: int, steps: int) -> list[tuple[int, Tensor]]:
     return [(warm_up, rates["warm_rate"]), (steps - warm_up, rates["filter_rate"])]
 
@@ -165,7 +158,7 @@ def reduction(cell: Cell, p: int, device: str) -> dict[str, Any]:
     nets = random_nets(TEACHERS[cell["teacher"]], method, k, p, count, generator(**cell))
     nets = nets.to(device)
     warm_up = min(method.warm_up(k), steps // 2)
-    rates = _rates(k, count, warm_up, device)
+    rates = step_sizes(nets.angle, k, warm_up)
     reduced = follow(nets.reduce(**rates), [steps])[0]
     after = descend_vectors(nets, rates["output_rate"], _stages(rates, warm_up, steps))
     there = after.reduce(**rates)
@@ -185,7 +178,7 @@ def fates(cell: Cell, p: int, device: str) -> dict[str, Any]:
     nets = random_nets(TEACHERS[cell["teacher"]], method, k, p, count, generator(**cell))
     nets = nets.to(device)
     warm_up = method.warm_up(k)
-    rates = _rates(k, count, warm_up, device)
+    rates = step_sizes(nets.angle, k, warm_up)
     said = descend(nets.reduce(**rates), steps).fate
     after = descend_vectors(nets, rates["output_rate"], _stages(rates, warm_up, warm_up + steps))
     a, a_star = after.outputs, after.teacher_outputs

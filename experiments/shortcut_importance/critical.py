@@ -28,7 +28,16 @@ _DIRECTIONS = 2000
 
 
 def measure(k: int, p: int, ratio: float, device: str) -> dict[str, Any]:
-    """Both critical points of a teacher with ``(1^T a*)^2`` at ``ratio`` of its threshold."""
+    """Both critical points of a teacher with ``(1^T a*)^2`` at ``ratio`` of its threshold.
+
+    Raises
+    ------
+    ValueError
+        If there is no such teacher, or the ratio is 1: there the third order vanishes, too.
+    """
+    if ratio == 1:
+        msg = "at the threshold itself the point is neither: take ratios below and above 1"
+        raise ValueError(msg)
     source = generator(part="critical", k=k, p=p, ratio=ratio)
     v_star, a_star = _teacher(source, k, p, ratio, device)
     a_sp = theory.conv_best_outputs(math.pi, a_star)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from conditioning import theory
+from conditioning.theory.shortcut_importance import gradients_of
 
 # What became of a lane.
 OPTIMUM, SPURIOUS, OPEN = 1, -1, 0
@@ -64,12 +65,13 @@ class Lanes:
         if len(shapes) != 1 or len(next(iter(shapes))) != 1:
             msg = f"every entry of lanes has one shape (lanes,), got {sorted(shapes)}"
             raise ValueError(msg)
-        stable = self.output_rate * (self.patches + math.pi - 1) <= _TWO_PI
-        if not bool(stable.all()) or bool((self.filter_rate < self.warm_rate).any()):
-            msg = (
-                "step sizes of outputs must not exceed 2 pi/(k + pi - 1), and a warm-up must not "
-                "have larger steps of the filter than what follows"
-            )
+        # Up to rounding, so that the limit itself is allowed.
+        stable = self.output_rate * (self.patches + math.pi - 1) <= _TWO_PI * (1 + 1e-12)
+        if not bool(stable.all()):
+            msg = "step sizes of outputs must not exceed 2 pi/(k + pi - 1)"
+            raise ValueError(msg)
+        if bool((self.filter_rate < self.warm_rate).any()):
+            msg = "the filter's steps must not be larger in a warm-up than after it"
             raise ValueError(msg)
 
     def __len__(self) -> int:
@@ -239,6 +241,10 @@ class Nets:
     teacher_filters: Tensor
     teacher_outputs: Tensor
 
+    def take(self, chosen: Tensor) -> Nets:
+        """Some of the nets, by indices or a mask."""
+        return Nets(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
     @classmethod
     def join(cls, some: Sequence[Nets]) -> Nets:
         """One after the other."""
@@ -293,31 +299,12 @@ def descend_vectors(
         Whether the net divides its filter by its norm, and every step is followed by one that
         gives it norm 1.
     """
-    u, a = nets.filters.clone(), nets.outputs.clone()
-    v_star, a_star = nets.teacher_filters, nets.teacher_outputs
-    norm = torch.linalg.vector_norm
-    eta_a = (output_rate / _TWO_PI)[:, None]
-    sum_star = a_star.sum(-1, keepdim=True)
+    u, a = nets.filters, nets.outputs
+    teacher = nets.teacher_filters, nets.teacher_outputs
     for count, rate in filter_rates:
-        eta_w = (rate / _TWO_PI)[:, None]
         for _ in range(count):
-            size = norm(u, dim=-1, keepdim=True)
-            v = u / size
-            phi = 2 * torch.atan2(
-                norm(v - v_star, dim=-1, keepdim=True), norm(v + v_star, dim=-1, keepdim=True)
-            )
-            rest = math.pi - phi
-            g = rest * torch.cos(phi) + torch.sin(phi)
-            scaled = a if normalised else size * a
-            across = v_star - (v * v_star).sum(-1, keepdim=True) * v
-            alignment = (scaled * a_star).sum(-1, keepdim=True)
-            in_a = scaled.sum(-1, keepdim=True) - sum_star + (math.pi - 1) * scaled
-            in_a -= (g - 1) * a_star
-            in_u = -alignment * rest / size * across
+            in_u, in_a = gradients_of(u, a, *teacher, normalised=normalised)
+            u, a = u - rate[:, None] * in_u, a - output_rate[:, None] * in_a
             if normalised:
-                u, a = u - eta_w * in_u, a - eta_a * in_a
-                u = u / norm(u, dim=-1, keepdim=True)
-            else:
-                in_u += (a * in_a).sum(-1, keepdim=True) * v
-                u, a = u - eta_w * in_u, a - eta_a * size * in_a
-    return Nets(u, a, v_star, a_star)
+                u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+    return Nets(u, a, *teacher)

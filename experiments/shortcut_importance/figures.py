@@ -15,8 +15,10 @@ from torch import Tensor
 from conditioning import plots, theory
 from experiments.claims import Verdict
 from experiments.report import Titles
+from experiments.shortcut_importance.angles import angle_rows
 from experiments.shortcut_importance.critical import RADII
-from experiments.shortcut_importance.descent import OPTIMUM
+from experiments.shortcut_importance.descent import OPEN, OPTIMUM, SPURIOUS
+from experiments.shortcut_importance.laboratory import RATE_WINDOW
 from experiments.shortcut_importance.setting import (
     CNN,
     COLD,
@@ -25,12 +27,13 @@ from experiments.shortcut_importance.setting import (
     PRIOR,
     SHORT,
     STRESS,
+    UNIT,
     WARM,
     Method,
     Teacher,
 )
 from experiments.shortcut_importance.tables import RECALLED, RECALLED_PATCHES
-from experiments.shortcut_importance.verdicts import edge_of, rates_of, start_names
+from experiments.shortcut_importance.verdicts import rates_of, start_names
 from experiments.sweep import Pair, parts
 
 # Colour and marker of a method, the same in every figure.
@@ -40,6 +43,7 @@ _LOOKS: Mapping[Method, tuple[Any, str]] = {
     COLD: (plots.PALETTE[1], "D"),
     CNN: (plots.PALETTE[3], "v"),
 }
+_FATES = {OPTIMUM: plots.PALETTE[2], SPURIOUS: plots.PALETTE[3], OPEN: plots.PALETTE[7]}
 _SMALLEST = 1e-9
 
 
@@ -119,10 +123,10 @@ def _rates(drawing: Drawing) -> None:
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     starts = max(cell["first"] + cell["seeds"] for cell, _ in cells)
     title = drawing.titles(
-        ("rates.warm-up", "Shortcut and warm-up: every start ends at the global optimum"),
+        ("rates.warm-up", "Shortcut and warm-up: every random start ends at the global optimum"),
         ("rates.no-warm-up", "... without a warm-up some do not (|a*|² = 64k)"),
-        ("rates.cnn", "... without a shortcut one half does (1ᵀa* = |a*|/4)"),
-        ("rates.stress", "... warm-up of 10k² steps beyond the prior (lower row)"),
+        ("rates.cnn", "... without a shortcut about one half does (1ᵀa* = |a*|/4)"),
+        ("rates.stress", "... warm-up of 10k² steps, these teachers beyond the prior: ≥ 0.999"),
         ("rates.stress-1000", "... 1000 steps there"),
     )
     head = f"{starts:,} starts for each point, 95 % intervals"
@@ -175,9 +179,8 @@ def _landscape(drawing: Drawing) -> None:
         _, result = _followed(drawing, teacher, method)
         x = np.asarray(result["angle"], dtype=float) / math.pi
         y = np.asarray(result["alignment"], dtype=float)
-        for lane in range(x.shape[1]):
-            good = x[-1, lane] < 0.5
-            color = plots.PALETTE[2] if good else plots.PALETTE[3]
+        for lane, fate in enumerate(result["fate"]):
+            color = _FATES[fate]
             ax.plot(x[:, lane], y[:, lane], color=color, linewidth=1.3, alpha=0.85)
             ax.plot(x[0, lane], y[0, lane], "o", color=color, markersize=4, markeredgecolor="w",
                     zorder=4)  # fmt: skip
@@ -207,7 +210,7 @@ def _landscape(drawing: Drawing) -> None:
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     title = drawing.titles(
         ("stage.angle", "During a warm-up the angle stays below a right one"),
-        ("rates.warm-up", "... and every start ends at the global optimum"),
+        ("rates.warm-up", "... and every random start ends at the global optimum"),
     )
     figure.suptitle(f"{title}\n{teacher.name}, k = {k}, φ₀ = π/3", x=0.01, ha="left",
                     fontsize="medium")  # fmt: skip
@@ -215,32 +218,28 @@ def _landscape(drawing: Drawing) -> None:
 
 
 def _trajectories(drawing: Drawing) -> None:
-    methods = (WARM, COLD, CNN)
+    columns = ((LARGE, WARM), (LARGE, COLD), (LARGE, CNN), (UNIT, WARM))
     rows = (
         ("loss", "loss/|a*|²", "log"),
-        ("angle", "angle φ/π", "linear"),
+        ("angle", "angle φ/π", "log"),
         ("alignment", "aᵀa*/|a*|²", "linear"),
         ("outputs_distance", "|a − a*|/|a*|", "log"),
     )
-    figure, axes = plots.new_grid(len(rows), len(methods), width=4.6, height=2.5)
-    for column, method in enumerate(methods):
-        _, result = _followed(drawing, LARGE, method)
+    figure, axes = plots.new_grid(len(rows), len(columns), width=3.8, height=2.5)
+    for column, (teacher, method) in enumerate(columns):
+        cell, result = _followed(drawing, teacher, method)
         steps = np.asarray(result["steps"]) + 1
-        ends = np.asarray(result["angle"], dtype=float)[-1]
         for row, (quantity, label, scale) in zip(axes, rows, strict=True):
             ax = row[column]
             values = np.asarray(result[quantity], dtype=float)
             values = values / math.pi if quantity == "angle" else values
             values = values.clip(_SMALLEST) if scale == "log" else values
-            for lane in range(values.shape[1]):
-                color = plots.PALETTE[2] if ends[lane] < math.pi / 2 else plots.PALETTE[3]
-                ax.plot(steps, values[:, lane], color=color, linewidth=1.1, alpha=0.8)
+            for lane, fate in enumerate(result["fate"]):
+                ax.plot(steps, values[:, lane], color=_FATES[fate], linewidth=1.1, alpha=0.8)
             if result["warm_up"]:
                 ax.axvspan(1, result["warm_up"] + 1, color=plots.PALETTE[0], alpha=0.1)
             ax.set_xscale("log")
             ax.set_yscale(scale)
-            if quantity == "angle":
-                ax.set_ylim(-0.03, 1.03)
             if quantity == "alignment":
                 ax.axhline(0, color="0.3", linewidth=0.8, linestyle="--")
                 ax.set_ylim(-0.75, 1.1)
@@ -250,46 +249,81 @@ def _trajectories(drawing: Drawing) -> None:
                 ax.set_ylabel(label)
             if ax is axes[-1][column]:
                 ax.set_xlabel("step, counted from 1")
-        axes[0][column].set_title(f"{method.name}: {values.shape[1]} starts")
-    for color, label in (
-        (plots.PALETTE[2], "ends at the global optimum"),
-        (plots.PALETTE[3], "ends at the spurious optimum"),
-    ):
-        axes[0][0].plot([], [], color=color, label=label)
+        axes[0][column].set_title(f"{teacher.name}: {method.name}", fontsize="medium")
+        if teacher is UNIT:
+            _linear_convergence(axes[1][column], axes[3][column], cell["k"], result)
+    for fate, label in (
+        (OPTIMUM, "ends at the global optimum"), (SPURIOUS, "ends at the spurious optimum"),
+    ):  # fmt: skip
+        axes[0][0].plot([], [], color=_FATES[fate], label=label)
+    axes[0][0].plot([], [], "k--", label="decay at the Hessian's eigenvalue (|a*| = 1)")
     axes[0][0].fill_between([], [], color=plots.PALETTE[0], alpha=0.2, label="warm-up")
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    k = _followed(drawing, LARGE, WARM)[0]["k"]
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
+    cell, result = _followed(drawing, UNIT, WARM)
     title = drawing.titles(
-        ("stage.alignment", "The warm-up ends at the best outputs for its angle (|a*| = 1)"),
-        ("stage.angle-rate", "Angles then converge linearly, at the Hessian's rate (|a*| = 1)"),
+        ("stage.alignment", "|a*| = 1: the warm-up ends at the best outputs for its angle"),
+        ("stage.angle-rate", "... angles then converge linearly, at the Hessian's rate"),
+        ("stage.outputs-rate", "... and so do the outputs"),
     )
-    stable = f"{LARGE.name}, k = {k}: here η|a*|²/2 = {64 * k / k**2 / 2:.3g}"
-    stable += ", the largest that is stable, so angles fall as 1/step" if k == 16 else ""
-    figure.suptitle(f"{title}\n{stable}", x=0.01, ha="left", fontsize="medium")
+    head = f"k = {cell['k']}, φ₀ = π/3, {len(result['fate'])} starts in each column; "
+    head += f"smaller values are drawn at {_SMALLEST:g}"
+    figure.suptitle(f"{title}\n{head}", x=0.01, ha="left", fontsize="medium")
     plots.save(figure, drawing.out / "trajectories.png")
+
+
+def _linear_convergence(angle: Any, outputs: Any, k: int, result: Mapping[str, Any]) -> None:
+    """What the Hessian's eigenvalues predict in the window where the rates are measured."""
+    steps, start = np.asarray(result["steps"]), result["warm_up"] + RATE_WINDOW[0] * k * k
+    place = int(np.searchsorted(steps, start))
+    later = steps[place:]
+    for ax, quantity, rate in (
+        (angle, "angle", 0.5), (outputs, "outputs_distance", (math.pi - 1) / (2 * math.pi)),
+    ):  # fmt: skip
+        middle = np.median(np.asarray(result[quantity], dtype=float)[place])
+        middle = middle / math.pi if quantity == "angle" else middle
+        curve = middle * np.exp(-rate * (later - later[0]) / k**2)
+        ax.plot(later + 1, curve, "k--", linewidth=1.6, zorder=5)
 
 
 # -- first angles -------------------------------------------------------------------------------
 
 
 def _angles(drawing: Drawing) -> None:
-    figure, (left, right) = plots.new_axes(2, width=5.6, height=4.4)
-    cells = parts(drawing.measured, "edge")
-    shares = sorted({cell["share"] for cell, _ in cells})
-    markers = dict(zip(sorted({cell["k"] for cell, _ in cells}), "osDv^P*", strict=False))
-    for cell, result in cells:
-        color = plots.PALETTE[shares.index(cell["share"])]
-        marker = markers[cell["k"]]
-        angles = np.asarray(result["angles"], dtype=float) / math.pi
-        won = np.asarray(result["successes"], dtype=float) / result["runs"]
-        left.plot(angles, won, color=color, marker=marker, markersize=4, linewidth=1, alpha=0.85)
-        left.axvline(result["limit"] / math.pi, color=color, linewidth=0.8, linestyle="--")
-        edge = edge_of(result)
-        low, high = edge.enclosure
+    figure, (left, right, low) = plots.new_axes(3, width=5.2, height=4.4)
+    rows = angle_rows(drawing.measured)
+    shares = sorted({row.share for row in rows})
+    markers = dict(zip(sorted({row.k for row in rows}), "osDv^P*", strict=False))
+    for row in rows:
+        color, marker = plots.PALETTE[shares.index(row.share)], markers[row.k]
+        angles = np.asarray(row.angles, dtype=float) / math.pi
+        won = np.asarray(row.successes, dtype=float) / row.runs
+        look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "alpha": 0.85}
+        if row.part == "below":
+            size = "-" if row.size > 1 else ":"
+            low.plot(angles, won, size, linewidth=1, **look)
+            continue
+        left.plot(angles, won, linewidth=1, **look)
+        left.axvline(row.limit / math.pi, color=color, linewidth=0.8, linestyle="--")
+        lowest, highest = row.edge.enclosure
         right.errorbar(
-            [cell["share"]], [edge.value], yerr=[[edge.value - low], [high - edge.value]],
+            [row.share], [row.edge.value],
+            yerr=[[row.edge.value - lowest], [highest - row.edge.value]],
             color=color, marker=marker, capsize=3, linestyle="none", markersize=6, zorder=3,
         )  # fmt: skip
+    low.plot([], [], "-", color="0.4", label="|a*|² = 64k")
+    low.plot([], [], ":", color="0.4", label="|a*|² = k")
+    # At smaller angles all is 1, see the table.
+    low.set_xlim(0.43, 0.502)
+    low.set_xlabel("first angle φ₀/π, up to a right one; colours and markers as on the left")
+    low.set_ylabel("rate of the global optimum, random starts")
+    low.legend(loc="lower left", fontsize="small")
+    low.set_title(
+        drawing.titles(
+            ("angle.prior", "|a*|² = k: all random starts succeed"),
+            ("angle.adversarial", "... and the adversarial one"),
+            ("angle.large", "|a*|² = 64k: all random starts succeed"),
+        )
+    )
     grid = np.geomspace(1e-3, 1, 120)
     for k, dashes in zip(markers, ("-", "--", ":", "-.") * 3, strict=False):
         limits = [theory.warm_up_limit(float(r), k) / math.pi for r in grid]
@@ -303,7 +337,7 @@ def _angles(drawing: Drawing) -> None:
     right.set_xlabel("share r = (1ᵀa*)²/(k|a*|²)")
     right.set_ylabel("largest first angle φ₀/π")
     left.set_xlabel("first angle φ₀/π")
-    left.set_ylabel("rate of the global optimum, warm-up of 10k² steps")
+    left.set_ylabel("rate of the global optimum, random starts")
     left.set_xlim(left=0.15)
     for place, share in enumerate(shares):
         left.plot([], [], color=plots.PALETTE[place], label=f"r = {share:.3g}")
@@ -311,9 +345,9 @@ def _angles(drawing: Drawing) -> None:
         left.plot([], [], marker, color="0.4", label=f"k = {k}")
     left.plot([], [], "--", color="0.4", label="predicted: relaxed aᵀa* = 0")
     left.legend(loc="lower left", fontsize="x-small")
-    left.set_title(drawing.titles(("angle.prior", "every start succeeds below π/2")))
-    right.set_title(drawing.titles(("angle.edge", "measured edge = predicted one")))
-    figure.suptitle("How far the first filter may be from the teacher's: |a*|² = k",
+    left.set_title("|a*|² = k: success around the predicted edge")
+    right.set_title(drawing.titles(("angle.edge", "|a*|² = k: measured edge = predicted one")))
+    figure.suptitle("How far the first filter may be from the teacher's, warm-up of 10k² steps",
                     x=0.01, ha="left")  # fmt: skip
     plots.save(figure, drawing.out / "first_angle.png")
 
@@ -397,12 +431,12 @@ def _starts(drawing: Drawing) -> None:
     left.plot([], [], "o", color="0.3", markerfacecolor="none", label="adversarial start is lost")
     left.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
     left.set_ylim(0.4, 1.02)
-    left.set_ylabel("share of the ball that ends at the optimum")
+    left.set_ylabel("share of a grid over (s, c) that ends at the optimum")
     left.legend(fontsize="x-small", loc="lower left")
     left.set_title(
         drawing.titles(
             ("starts.adversarial", "warm-up of 10k² steps: every adversarial start succeeds"),
-            ("starts.ball", "... and every other one"),
+            ("starts.ball", "... and every point of the grid"),
             ("starts.short", "1000 steps are not enough for all"),
         )
     )

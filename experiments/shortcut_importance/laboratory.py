@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from experiments.shortcut_importance.descent import OPEN, OPTIMUM, Fates, Lanes,
 from experiments.shortcut_importance.setting import (
     METHODS,
     TEACHERS,
+    against,
     disc,
     generator,
     in_ball,
@@ -50,6 +51,7 @@ class Laboratory:
             "starts": self.starts,
             "time": self.time,
             "edge": self.edge,
+            "below": self.below,
             "follow": self.follow,
             "plain": lambda cell: trainings.without_normalisation(cell, p, device),
             "samples": lambda cell: trainings.on_samples(cell, p, device),
@@ -77,67 +79,91 @@ class Laboratory:
         return by_group(self._descend(lanes), count)
 
     def starts(self, cell: Cell) -> dict[str, Any]:
-        """Where starts all over the ball lead, and the one against the teacher's outputs.
+        """Where a grid over the ball leads, and the start against the teacher's outputs.
 
-        The first start of every teacher is the adversarial one, ``-S a*/|a*|``.
+        The grid is one over ``s`` and ``c``, and their rim: no draw from the ball, in most of which
+        both are small.
         """
         x, y = disc(cell["points"])
         method, some = METHODS[cell["method"]], []
         teachers = [
-            (k, math.sqrt(size * k * share), math.sqrt(size * k * (1 - share)))
+            (k, (math.sqrt(size * k * share), math.sqrt(size * k * (1 - share))))
             for size in cell["sizes"]
             for share in cell["shares"]
             for k in cell["patches"]
         ]
-        for k, mean, other in teachers:
-            against = -mean * torch.tensor([mean, other], dtype=torch.float64)
-            against /= math.hypot(mean, other)
-            s, c = torch.cat([against[:1], mean * x]), torch.cat([against[1:], mean * y])
-            some.append(make_lanes(s, c, math.pi / 3, k, (mean, other), method.warm_up(k)))
+        for k, parts in teachers:
+            s, c = against(parts)
+            s, c = torch.cat([s, parts[0] * x]), torch.cat([c, parts[0] * y])
+            some.append(make_lanes(s, c, math.pi / 3, k, parts, method.warm_up(k)))
         fates = self._descend(Lanes.join(some))
         by_teacher = fates.fate.reshape(len(teachers), -1)
+        adversarial, grid = by_teacher[:, 0], by_teacher[:, 1:]
         return {
-            "adversarial": by_teacher[:, 0],
-            "successes": (by_teacher == OPTIMUM).sum(1),
-            "starts": by_teacher.shape[1],
-            "open": (by_teacher == OPEN).sum(1),
+            "adversarial": adversarial,
+            "successes": (grid == OPTIMUM).sum(1),
+            "starts": grid.shape[1],
+            "open": (grid == OPEN).sum(1),
         }
 
     def time(self, cell: Cell) -> dict[str, Any]:
         """Steps from the adversarial start until all is decided, in the warm-up."""
         some = []
         for k in cell["patches"]:
-            mean, other = math.sqrt(cell["share"] * k), math.sqrt((1 - cell["share"]) * k)
-            against = -mean * torch.tensor([[mean], [other]], dtype=torch.float64)
-            s, c = against / math.hypot(mean, other)
+            parts = math.sqrt(cell["share"] * k), math.sqrt((1 - cell["share"]) * k)
             warm_up = METHODS[cell["method"]].warm_up(k)
-            some.append(make_lanes(s, c, math.pi / 3, k, (mean, other), warm_up))
+            some.append(make_lanes(*against(parts), math.pi / 3, k, parts, warm_up))
         # Looked at often: the steps are the result.
         fates = self._descend(Lanes.join(some), first_look=10, look_again=1.01)
         return {"fates": fates.fate, "steps": fates.step}
 
     def edge(self, cell: Cell) -> dict[str, Any]:
         """Successes of warm-up at first angles around the largest one that the theory allows."""
-        method, k, count = METHODS[cell["method"]], cell["k"], cell["seeds"]
-        limit = theory.warm_up_limit(cell["share"], k)
-        angles = [limit + math.pi * offset for offset in cell["offsets"]]
-        angles = [angle for angle in angles if 0 < angle < math.pi]
-        parts = math.sqrt(cell["share"] * k), math.sqrt((1 - cell["share"]) * k)
-        source = generator(**{key: cell[key] for key in ("part", "share", "k")})
-        some = []
-        for angle in angles:
-            a = parts[0] * in_ball(source, count, k)
-            some.append(make_lanes(a[:, 0], a[:, 1], angle, k, parts, method.warm_up(k)))
+        share = cell["share"]
+        limits = {k: theory.warm_up_limit(share, k) for k in cell["patches"]}
+        angles = [[limit + math.pi * x for x in cell["offsets"]] for limit in limits.values()]
+        wrong = [angle for row in angles for angle in row if not 0 < angle < math.pi]
+        if wrong:
+            msg = f"edge_offsets lead to first angles that are none: {wrong[0]:g}"
+            raise ValueError(msg)
+        teachers = [(k, share, row) for k, row in zip(limits, angles, strict=True)]
         return {
-            "limit": limit,
+            "limits": list(limits.values()),
             "angles": angles,
-            **by_group(self._descend(Lanes.join(some)), count),
+            **self._at_angles(cell, teachers, 1.0),
+        }
+
+    def below(self, cell: Cell) -> dict[str, Any]:
+        """Successes of warm-up at first angles up to a right one, of teachers of one norm."""
+        angles = [math.pi * angle for angle in cell["angles"]]
+        teachers = [(k, share, angles) for share in cell["shares"] for k in cell["patches"]]
+        return self._at_angles(cell, teachers, cell["size"])
+
+    def _at_angles(
+        self, cell: Cell, teachers: Sequence[tuple[int, float, Sequence[float]]], size: float
+    ) -> dict[str, Any]:
+        """Rows of teachers, columns of angles: random starts, and what the adversarial one does."""
+        method, count, some = METHODS[cell["method"]], cell["seeds"], []
+        for k, share, angles in teachers:
+            parts = math.sqrt(size * k * share), math.sqrt(size * k * (1 - share))
+            source = generator(part=cell["part"], size=size, share=share, k=k)
+            for angle in angles:
+                a = parts[0] * in_ball(source, count, k)
+                s, c = against(parts)
+                s, c = torch.cat([s, a[:, 0]]), torch.cat([c, a[:, 1]])
+                some.append(make_lanes(s, c, angle, k, parts, method.warm_up(k)))
+        fate = self._descend(Lanes.join(some)).fate.reshape(len(teachers), -1, count + 1)
+        return {
+            "adversarial": fate[..., 0],
+            "successes": (fate[..., 1:] == OPTIMUM).sum(-1),
+            "open": (fate[..., 1:] == OPEN).sum(-1),
+            "runs": count,
         }
 
     def follow(self, cell: Cell) -> dict[str, Any]:
         """Some descents from step to step."""
         teacher, method, k = TEACHERS[cell["teacher"]], METHODS[cell["method"]], cell["k"]
-        count = cell["seeds"]
+        count, shown = cell["seeds"], slice(0, cell["shown"])
         source = generator(**{key: cell[key] for key in ("part", "teacher", "method", "k")})
         lanes, beside = random_lanes(teacher, method, k, self.sizes.filter_size, count, source)
         lanes, beside = lanes.to(self.device), beside.to(self.device)
@@ -151,12 +177,12 @@ class Laboratory:
         besides = [beside * keep**step for step in steps]
         away = [_distance(state, rest) for state, rest in zip(states, besides, strict=True)]
         losses = [_loss(state, rest) for state, rest in zip(states, besides, strict=True)]
-        shown = slice(0, cell["shown"])
         size = teacher.squared_norm(k)
         at_end = states[steps.index(warm_up)]
         return {
             "steps": steps,
             "warm_up": warm_up,
+            "fate": self._descend(lanes.take(torch.arange(count)[shown])).fate,
             "angle": torch.stack([state.angle[shown] for state in states]),
             "alignment": torch.stack([state.alignment[shown] / size for state in states]),
             "loss": torch.stack([row[shown] for row in losses]) / size,

@@ -41,18 +41,18 @@ class Teacher:
         return math.sqrt(share * size), math.sqrt((1 - share) * size)
 
 
-def _quarter(k: int) -> float:
+def quarter(k: int) -> float:
     """The share at ``1^T a* = |a*|/4``."""
     return 1 / (16 * k)
 
 
-UNIT = Teacher("|a*|² = 1", lambda _: 1.0, _quarter)
-LARGE = Teacher("|a*|² = 64k", lambda k: 64.0 * k, _quarter)
+UNIT = Teacher("|a*|² = 1", lambda _: 1.0, quarter)
+LARGE = Teacher("|a*|² = 64k", lambda k: 64.0 * k, quarter)
 LARGE_SUM = Teacher("|a*|² = 64k, r = 0.2", lambda k: 64.0 * k, lambda _: 0.2)
 # Beyond the prior of the theorem, which ends at a third of pi.
-STEEP = Teacher("|a*|² = 64k, φ₀ = 0.45π", lambda k: 64.0 * k, _quarter, 0.45)
-STEEPER = Teacher("|a*|² = 16k, φ₀ = 0.48π", lambda k: 16.0 * k, _quarter, 0.48)
-STEEPEST = Teacher("|a*|² = k^1.5, φ₀ = 0.48π", lambda k: k**1.5, _quarter, 0.48)
+STEEP = Teacher("|a*|² = 64k, φ₀ = 0.45π", lambda k: 64.0 * k, quarter, 0.45)
+STEEPER = Teacher("|a*|² = 16k, φ₀ = 0.48π", lambda k: 16.0 * k, quarter, 0.48)
+STEEPEST = Teacher("|a*|² = k^1.5, φ₀ = 0.48π", lambda k: k**1.5, quarter, 0.48)
 PRIOR = (UNIT, LARGE, LARGE_SUM)
 STRESS = (STEEP, STEEPER, STEEPEST)
 TEACHERS: Mapping[str, Teacher] = {teacher.name: teacher for teacher in (*PRIOR, *STRESS)}
@@ -86,7 +86,8 @@ METHODS: Mapping[str, Method] = {method.name: method for method in (WARM, SHORT,
 
 def generator(**drawn_from: Any) -> torch.Generator:
     """Random numbers that depend on what they are for, and on nothing else."""
-    return torch.Generator().manual_seed(int(fingerprint(drawn_from)[:12], 16))
+    # 32 bits: the generator of the CPU ignores all others.
+    return torch.Generator().manual_seed(int(fingerprint(drawn_from)[:8], 16))
 
 
 def normals(source: torch.Generator, *shape: int) -> Tensor:
@@ -108,17 +109,31 @@ def on_sphere(source: torch.Generator, count: int, dim: int) -> Tensor:
     return rows / size
 
 
+def step_sizes(like: Tensor, k: int, warm_up: int) -> dict[str, Tensor]:
+    """Rates of lanes or nets: ``1/k^2``, and ``1/k^4`` of the filter in a warm-up."""
+    one = torch.ones_like(like)
+    return {
+        "output_rate": one / k**2, "filter_rate": one / k**2, "warm_rate": one / k**4,
+        "warm_up": torch.full(like.shape, warm_up, device=like.device),
+    }  # fmt: skip
+
+
 def make_lanes(
     mean: Tensor, other: Tensor, angle: Tensor | float, k: int, parts: tuple[float, float],
     warm_up: int,
 ) -> Lanes:  # fmt: skip
-    """Lanes of one teacher with step sizes ``1/k^2``, and ``1/k^4`` of the filter in a warm-up."""
+    """Lanes of one teacher with the experiment's step sizes."""
     one = torch.ones_like(mean)
-    rate = 1 / k**2
     return Lanes(
-        mean, other, one * angle, one * k, one * parts[0], one * parts[1], one * rate, one * rate,
-        one * min(rate**2, rate), torch.full(mean.shape, warm_up),
+        mean, other, one * angle, one * k, one * parts[0], one * parts[1],
+        **step_sizes(mean, k, warm_up),
     )  # fmt: skip
+
+
+def against(parts: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """The adversarial start of a ball, ``-S a*/|a*|``, as ``s`` and ``c``, each of shape (1,)."""
+    place = -parts[0] * torch.tensor(parts, dtype=torch.float64) / math.hypot(*parts)
+    return place[:1], place[1:]
 
 
 def random_lanes(

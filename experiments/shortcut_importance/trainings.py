@@ -19,6 +19,7 @@ from experiments.shortcut_importance.setting import (
     Teacher,
     generator,
     normals,
+    quarter,
     random_nets,
 )
 
@@ -27,19 +28,21 @@ Cell = Mapping[str, Any]
 _BELOW = 0.5
 # At the spurious point, relatively; the angle approaches pi as one over the steps.
 _NEAR, _NEAR_PI = 0.1, 0.5
+# Steps between two looks at nets without normalisation.
+_LOOK = 1000
 
 
 def _teacher(squared_norm: float) -> Teacher:
-    return Teacher("", lambda _: float(squared_norm), lambda k: 1 / (16 * k))
+    return Teacher("", lambda _: float(squared_norm), quarter)
 
 
 def without_normalisation(cell: Cell, p: int, device: str) -> dict[str, Any]:
     """Plain gradient descent in ``w`` and ``a`` of nets that do not normalise their filter.
 
-    A run counts as global once its loss is below half of that of the spurious point: descent
-    cannot come back from there, and no other critical point has a loss as low (the loss without
-    any filter is not below that of the spurious point). It counts as spurious if it is near
-    that point, and as open otherwise.
+    A run counts as global, and is taken out, once its loss is below half of that of the spurious
+    point: descent cannot come back from there, and no other critical point has a loss as low (the
+    loss without any filter is not below that of the spurious point). It counts as spurious if it is
+    near that point in the end, and as open otherwise.
     """
     k, count, steps = cell["k"], cell["seeds"], cell["steps"]
     kinds = [(size, method) for size in cell["squared_norms"] for method in cell["methods"]]
@@ -51,18 +54,20 @@ def without_normalisation(cell: Cell, p: int, device: str) -> dict[str, Any]:
         for size, method in kinds
     ]  # fmt: skip
     nets = Nets.join(some).to(device)
-    rate = torch.full((len(kinds) * count,), 1 / k**2, dtype=torch.float64, device=device)
-    after = descend_vectors(nets, rate, [(steps, rate)], normalised=False)
-    u, v_star, a_star = after.filters, after.teacher_filters, after.teacher_outputs
-    losses = theory.conv_loss(u, after.outputs, v_star, a_star, normalised=False)
-    a_sp = theory.conv_best_outputs(math.pi, a_star)
-    spurious = theory.conv_loss(-v_star, a_sp, v_star, a_star)
-    norm = torch.linalg.vector_norm
-    scaled = norm(u, dim=1, keepdim=True) * after.outputs
-    fate = torch.full(losses.shape, OPEN, device=u.device)
-    fate[losses < _BELOW * spurious] = OPTIMUM
-    near = norm(scaled - a_sp, dim=1) < _NEAR * norm(a_star, dim=1)
-    fate[(after.angle > math.pi - _NEAR_PI) & near] = SPURIOUS
+    fate = torch.full((len(kinds) * count,), OPEN)
+    alive = torch.arange(len(fate))
+    for done in range(0, steps, _LOOK):
+        rate = torch.full((len(alive),), 1 / k**2, dtype=torch.float64, device=device)
+        nets = descend_vectors(
+            nets, rate, [(min(_LOOK, steps - done), rate)], normalised=False
+        )  # fmt: skip
+        won, _ = _ends(nets)
+        fate[alive[won.cpu()]] = OPTIMUM
+        nets, alive = nets.take(~won), alive[~won.cpu()]
+        if not len(alive):
+            break
+    if len(alive):
+        fate[alive[_ends(nets)[1].cpu()]] = SPURIOUS
     return {
         "kinds": [
             {"squared_norm": size, "method": method, **_counts(row)}
@@ -71,12 +76,25 @@ def without_normalisation(cell: Cell, p: int, device: str) -> dict[str, Any]:
     }
 
 
+def _ends(nets: Nets) -> tuple[Tensor, Tensor]:
+    """Which nets have a loss without a way back, and which are near the spurious point."""
+    u, v_star, a_star = nets.filters, nets.teacher_filters, nets.teacher_outputs
+    losses = theory.conv_loss(u, nets.outputs, v_star, a_star, normalised=False)
+    a_sp = theory.conv_best_outputs(math.pi, a_star)
+    spurious = theory.conv_loss(-v_star, a_sp, v_star, a_star)
+    norm = torch.linalg.vector_norm
+    scaled = norm(u, dim=1, keepdim=True) * nets.outputs
+    near = norm(scaled - a_sp, dim=1) < _NEAR * norm(a_star, dim=1)
+    return losses < _BELOW * spurious, (nets.angle > math.pi - _NEAR_PI) & near
+
+
 def on_samples(cell: Cell, p: int, device: str) -> dict[str, Any]:
     """Trainings by autograd on a fixed set of samples for each seed, all seeds at once.
 
     Step sizes are ``1/k`` and, in the warm-up, ``1/k^2`` for the filter; the warm-up has ``10 k``
-    steps. A run ends at the global optimum if its loss is below half of that of the spurious
-    point of the population, and at a spurious one if it is not and the angle is obtuse.
+    steps, which nets without one spend on steps like the others: all get as many. A run ends at the
+    global optimum if its loss is below half of that of the spurious point of the population, and at
+    a spurious one if it is not and the angle is obtuse.
     """
     k, count, method = cell["k"], cell["seeds"], METHODS[cell["method"]]
     source = generator(**cell)
@@ -89,7 +107,7 @@ def on_samples(cell: Cell, p: int, device: str) -> dict[str, Any]:
     with torch.no_grad():
         targets = teacher(patches)
     warm_up = 0 if method in (COLD, CNN) else 10 * k
-    for step in range(warm_up + cell["steps"]):
+    for step in range(10 * k + cell["steps"]):
         losses = (net(patches) - targets).square().mean(-1) / 2
         in_w, in_a = torch.autograd.grad(losses.sum(), [net.weights, net.outputs])
         with torch.no_grad():

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from experiments.claims import (
     Measured,
@@ -16,9 +15,11 @@ from experiments.claims import (
     decide_every,
     over_runs,
 )
-from experiments.readings import difference_of_rates, enclosed, power_law, rate_of
+from experiments.readings import Rate, difference_of_rates, enclosed, power_law, rate_of
+from experiments.shortcut_importance import angles
+from experiments.shortcut_importance.angles import all_won, reached
 from experiments.shortcut_importance.critical import RADII
-from experiments.shortcut_importance.descent import OPEN, OPTIMUM
+from experiments.shortcut_importance.descent import OPTIMUM
 from experiments.shortcut_importance.setting import (
     CNN,
     COLD,
@@ -43,7 +44,7 @@ def decide_claims(measured: Sequence[Pair]) -> list[Verdict]:
         *_critical(measured),
         *_rates(measured),
         *_starts(measured),
-        *_angles(measured),
+        *angles.decide(measured),
         *_stages(measured),
         *_plain(measured),
         *_samples(measured),
@@ -100,8 +101,7 @@ def _critical(measured: Sequence[Pair]) -> list[Verdict]:
         if cell["ratio"] < 1:
             minima[run] = lowest > 0
         else:
-            # The positive part of the spectrum is the way up.
-            saddles[run] = min(around["best"]) < 0 < max(result["spurious"]["spectrum"])
+            saddles[run] = min(around["best"]) < 0
     points = [(max(r["optimum"]["gradient"], r["spurious"]["gradient"]), n)
               for r, n in zip(results, names, strict=True)]  # fmt: skip
     cubic = [
@@ -131,7 +131,7 @@ def _critical(measured: Sequence[Pair]) -> list[Verdict]:
 # -- success rates ------------------------------------------------------------------------------
 
 
-def rates_of(measured: Sequence[Pair], teacher: Teacher, method: Method) -> dict[int, Measured]:
+def rates_of(measured: Sequence[Pair], teacher: Teacher, method: Method) -> dict[int, Rate]:
     """Rates of success by the number of patches."""
     counts: dict[int, list[int]] = {}
     for cell, result in parts(measured, "rates", teacher=teacher.name, method=method.name):
@@ -149,7 +149,7 @@ def _shown(rates: Mapping[int, Measured]) -> str:
     return ", ".join(f"{rate.value:.4g}" for rate in rates.values())
 
 
-def _rises(rates: Mapping[int, Measured], *, ends: bool = False) -> list[Measured]:
+def _rises(rates: Mapping[int, Rate], *, ends: bool = False) -> list[Measured]:
     """Differences from each k to the next, or of the last to the first."""
     ks = sorted(rates)
     steps = [(ks[0], ks[-1])] if ends and len(ks) > 1 else list(itertools.pairwise(ks))
@@ -179,16 +179,28 @@ def _rates(measured: Sequence[Pair]) -> list[Verdict]:
     ]
     stress = {teacher: rates_of(measured, teacher, COLD) for teacher in STRESS}
     rising = decide_every(BY_ID["rates.rising"], _rises(cold), note=_shown(cold))
+    short = every("rates.warm-up-1000", PRIOR, SHORT)
+    last = max(
+        (step for teacher in PRIOR
+         for _, result in parts(measured, "rates", teacher=teacher.name, method=SHORT.name)
+         for step in result["last_step"]),
+        default=0,
+    )  # fmt: skip
+    when = f"the last start is decided at step {last} or before"
+    sums = decide_every(
+        BY_ID["rates.cnn-sum"], [*above, *_rises(with_sum, ends=True)], note=_shown(with_sum)
+    )
     return [
-        every("rates.warm-up", PRIOR, WARM),
-        every("rates.warm-up-1000", PRIOR, SHORT),
+        _every_start(measured),
+        replace(short, note="; ".join(text for text in (short.note, when) if text)),
         every("rates.no-warm-up", [LARGE], COLD),
         # Neighbours share the starts of one k.
         replace(rising, num_runs=sum(rate.num_runs for rate in cold.values())),
         every("rates.unit", [UNIT], COLD),
         every("rates.cnn", [UNIT, LARGE], CNN),
-        decide_every(
-            BY_ID["rates.cnn-sum"], [*above, *_rises(with_sum, ends=True)], note=_shown(with_sum)
+        # The rates of the first are in both kinds of differences, and counted once.
+        replace(
+            sums, num_runs=sum(r.num_runs for rates in (with_sum, without) for r in rates.values())
         ),
         every("rates.stress", STRESS, WARM),
         every("rates.stress-1000", STRESS, SHORT),
@@ -200,14 +212,25 @@ def _rates(measured: Sequence[Pair]) -> list[Verdict]:
     ]
 
 
-# -- starts, angles -----------------------------------------------------------------------------
+def _every_start(measured: Sequence[Pair]) -> Verdict:
+    """Whether each of the drawn starts succeeds: the theorem allows no failure."""
+    rates = {t: rates_of(measured, t, WARM) for t in PRIOR}
+    outcomes = {
+        rate.run: all_won(rate.successes, rate.undecided, rate.num_runs)
+        for of in rates.values()
+        for rate in of.values()
+    }
+    found = [rate for of in rates.values() for rate in of.values()]
+    least = min((rate.enclosure[0] for rate in found), default=math.nan)
+    lost = sum(rate.num_runs - rate.successes - rate.undecided for rate in found)
+    verdict = decide_all(
+        BY_ID["rates.warm-up"], outcomes,
+        note=f"{lost} starts are lost; each rate is {least:.4f} or more with 97.5 % confidence",
+    )  # fmt: skip
+    return replace(verdict, num_runs=sum(rate.num_runs for rate in found))
 
 
-def all_won(won: int, left: int, runs: int) -> bool | None:
-    """Whether all runs succeeded; None if some are not decided and none failed."""
-    if won == runs:
-        return True
-    return None if won + left == runs else False
+# -- starts ---------------------------------------------------------------------------------
 
 
 def start_names(cell: Cell) -> list[str]:
@@ -227,7 +250,7 @@ def start_names(cell: Cell) -> list[str]:
 def _starts(measured: Sequence[Pair]) -> list[Verdict]:
     def adversarial(method: Method) -> dict[str, bool | None]:
         return {
-            run: None if fate == OPEN else fate == OPTIMUM
+            run: reached(fate)
             for cell, result in parts(measured, "starts", method=method.name)
             for run, fate in zip(start_names(cell), result["adversarial"], strict=True)
         }
@@ -237,7 +260,9 @@ def _starts(measured: Sequence[Pair]) -> list[Verdict]:
     for method in (WARM, SHORT, COLD):
         for cell, result in parts(measured, "starts", method=method.name):
             total = result["starts"] * len(result["successes"])
-            lost[method] = f"{total - sum(result['successes'])} of {total} in the ball"
+            left = sum(result["open"])
+            lost[method] = f"{total - sum(result['successes']) - left} of {total} on the grid"
+            lost[method] += f", {left} not decided" if left else ""
             if method is WARM:
                 ball |= {
                     run: all_won(won, left, result["starts"])
@@ -248,8 +273,8 @@ def _starts(measured: Sequence[Pair]) -> list[Verdict]:
     counts = [result["starts"] for _, result in parts(measured, "starts", method=WARM.name)]
     times = []
     for cell, result in parts(measured, "time"):
-        reached = all(fate == OPTIMUM for fate in result["fates"])
-        curve = dict(zip(cell["patches"], result["steps"], strict=True)) if reached else {}
+        done = all(fate == OPTIMUM for fate in result["fates"])
+        curve = dict(zip(cell["patches"], result["steps"], strict=True)) if done else {}
         times.append(power_law(curve, label=f"r={cell['share']:g}", symbol="k"))
     return [
         decide_all(BY_ID["starts.adversarial"], adversarial(WARM)),
@@ -262,56 +287,13 @@ def _starts(measured: Sequence[Pair]) -> list[Verdict]:
     ]
 
 
-def edge_of(result: Mapping[str, Any]) -> Measured:
-    """Where starts begin to fail, in angles over pi: between two angles that were tried.
-
-    Between the last angle before which all succeed and the first at which one fails; angles at
-    which starts are not decided lie between. Not known where none fails, where some are lost at
-    the smallest angle, or where all succeed at an angle beyond one at which some fail.
-    """
-    angles = result["angles"]
-    outcomes = [
-        all_won(won, left, result["runs"])
-        for won, left in zip(result["successes"], result["open"], strict=True)
-    ]
-    first = next((i for i, outcome in enumerate(outcomes) if outcome is not True), len(outcomes))
-    lost = outcomes.index(False) if False in outcomes else len(outcomes)
-    if first == 0 or lost == len(outcomes) or True in outcomes[first:]:
-        return Measured(math.nan)
-    low, high = angles[first - 1] / math.pi, angles[lost] / math.pi
-    return Measured((low + high) / 2, low, high)
-
-
-def _angles(measured: Sequence[Pair]) -> list[Verdict]:
-    edges, below = [], {}
-    for cell, result in parts(measured, "edge"):
-        run = f"r={cell['share']:.3g} k={cell['k']}"
-        edge, limit = edge_of(result), result["limit"] / math.pi
-        low, high = edge.enclosure
-        edges.append(
-            Measured(edge.value - limit, low - limit, high - limit, num_runs=result["runs"],
-                     run=f"{run}, predicted {limit:.4f}π")
-        )  # fmt: skip
-        for angle, won, left in zip(
-            result["angles"], result["successes"], result["open"], strict=True
-        ):
-            if angle < math.pi / 2:
-                below[f"{run}, {angle / math.pi:.4f}π"] = all_won(won, left, result["runs"])
-    runs = max((cell["seeds"] for cell, _ in parts(measured, "edge")), default=1)
-    largest = max((float(run.split(", ")[1][:-1]) for run in below), default=math.nan)
-    return [
-        decide_every(BY_ID["angle.edge"], edges),
-        decide_all(BY_ID["angle.prior"], below, num_runs=runs, note=f"angles up to {largest:.4f}π"),
-    ]
-
-
 def _stages(measured: Sequence[Pair]) -> list[Verdict]:
     warm = parts(measured, "follow", method=WARM.name)
-    angles, ratios, angle_rates, outputs_rates = [], [], [], []
+    largest, ratios, angle_rates, outputs_rates = [], [], [], []
     notes = []
     for cell, result in warm:
         run = f"{cell['teacher']}, k={cell['k']}"
-        angles.append(
+        largest.append(
             Measured(max(result["largest_angle"]) / math.pi, num_runs=cell["seeds"], run=run)
         )
         shares = [
@@ -326,7 +308,7 @@ def _stages(measured: Sequence[Pair]) -> list[Verdict]:
             outputs_rates.append(over_runs(result["outputs_rate"], run=run))
     least = min((min(result["warm_alignment"]) for _, result in warm), default=math.nan)
     return [
-        decide_every(BY_ID["stage.angle"], angles),
+        decide_every(BY_ID["stage.angle"], largest),
         decide_every(
             BY_ID["stage.alignment"],
             ratios,
@@ -350,12 +332,15 @@ def _plain(measured: Sequence[Pair]) -> list[Verdict]:
         for kind in result["kinds"]
     }  # fmt: skip
     sizes = sorted({size for size, _ in rates})
+
+    def told(size: float, method: Method, which: str) -> str:
+        rate = rates[size, method.name]
+        left = f" ({rate.undecided} not decided)" if rate.undecided else ""
+        return f"{rate.successes} of {rate.num_runs}{left} {which}"
+
     with_shortcut = [rates[size, COLD.name] for size in sizes]
-    shown = "; ".join(
-        f"|a*|²={size:g}: {rates[size, COLD.name].value:.3g} with and "
-        f"{rates[size, CNN.name].value:.3g} without shortcut"
-        for size in sizes
-    )
+    shown = "; ".join(f"|a*|²={size:g}: {told(size, COLD, 'with')} and "
+                      f"{told(size, CNN, 'without')} shortcut" for size in sizes)  # fmt: skip
     better = [
         difference_of_rates(rates[size, COLD.name], rates[size, CNN.name], run=f"|a*|²={size:g}")
         for size in sizes
