@@ -344,11 +344,13 @@ def gradients_of(
     scaled = a if normalised else size * a
     phi = angle_of(v, v_star)
     difference = scaled.sum(-1, keepdim=True) - a_star.sum(-1, keepdim=True)
-    in_outputs = difference + (math.pi - 1) * scaled - (overlap_of(phi) - 1) * a_star
-    in_outputs = in_outputs / _TWO_PI
+    rest = math.pi - phi
+    # The digits of g near pi, for which overlap_of has a series, are lost in g - 1.
+    g_minus_one = rest * torch.cos(phi) + torch.sin(phi) - 1
+    in_outputs = (difference + (math.pi - 1) * scaled - g_minus_one * a_star) / _TWO_PI
     across = v_star - (v * v_star).sum(-1, keepdim=True) * v
     alignment = (scaled * a_star).sum(-1, keepdim=True)
-    in_filter = -alignment * (math.pi - phi) / (_TWO_PI * size) * across
+    in_filter = -alignment * rest / (_TWO_PI * size) * across
     if normalised:
         return in_filter, in_outputs
     return in_filter + (a * in_outputs).sum(-1, keepdim=True) * v, size * in_outputs
