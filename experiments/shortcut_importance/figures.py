@@ -126,7 +126,7 @@ def _rates(drawing: Drawing) -> None:
         ("rates.warm-up", "Shortcut and warm-up: every random start ends at the global optimum"),
         ("rates.no-warm-up", "... without a warm-up some do not (|a*|² = 64k)"),
         ("rates.cnn", "... without a shortcut about one half does (1ᵀa* = |a*|/4)"),
-        ("rates.stress", "... warm-up of 10k² steps, these teachers beyond the prior: ≥ 0.999"),
+        ("rates.stress", "... beyond the prior (lower row), warm-up of 10k² steps: ≥ 0.999"),
         ("rates.stress-1000", "... 1000 steps there"),
     )
     head = f"{starts:,} starts for each point, 95 % intervals"
@@ -314,7 +314,7 @@ def _angles(drawing: Drawing) -> None:
     low.plot([], [], ":", color="0.4", label="|a*|² = k")
     # At smaller angles all is 1, see the table.
     low.set_xlim(0.43, 0.502)
-    low.set_xlabel("first angle φ₀/π, up to a right one; colours and markers as on the left")
+    low.set_xlabel("first angle φ₀/π (colours, markers: as left)")
     low.set_ylabel("rate of the global optimum, random starts")
     low.legend(loc="lower left", fontsize="small")
     low.set_title(
