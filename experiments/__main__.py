@@ -100,15 +100,23 @@ def _run(parsed: argparse.Namespace) -> int:
             print(f"{experiment.TITLE}\n{experiment.PAPER}")
             several = f", {here.size} ranks" if here.size > 1 else ""
             print(
-                f"preset {options.preset}, data {options.data}, device {options.device}, "
+                f"preset {options.preset}, {_data(experiment, options)}device {options.device}, "
                 f"{options.seeds} seeds{several}\n",
                 flush=True,
             )
+            if parsed.data is not None and not registry.takes_data(experiment):
+                # No error: make gives the same options to all experiments.
+                print(f"note: {experiment.NAME} takes no data set", file=sys.stderr)
         verdicts = registry.run(experiment, options)
         if here.first:
             print(verdict_table(verdicts))
             print(f"Results are in {options.out}")
     return EXIT_OK
+
+
+def _data(experiment: registry.Experiment, options: registry.Options) -> str:
+    """What it is run on, for a reader; nothing for an experiment that takes no data set."""
+    return f"data {options.data}, " if registry.takes_data(experiment) else ""
 
 
 def _complain(error: Exception) -> None:

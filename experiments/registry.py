@@ -211,6 +211,11 @@ def _checked(module: ModuleType) -> Experiment:
     return cast("Experiment", module)
 
 
+def takes_data(experiment: Experiment) -> bool:
+    """Whether it takes a data set: ``USES_DATA = False`` in its module says that it does not."""
+    return bool(getattr(experiment, "USES_DATA", True))
+
+
 def default_preset(experiment: Experiment) -> str:
     """Give the preset that is run unless told otherwise: ``quick``, else the first."""
     return "quick" if "quick" in experiment.PRESETS else next(iter(experiment.PRESETS))

@@ -424,3 +424,13 @@ def test_devices():
     for device in ("gpu", "cuda:", "cuda:x", "mps", ""):
         with pytest.raises(UnknownNameError):
             registry.resolve_device(device)
+
+
+def test_an_experiment_without_data_says_so(workplace, capsys, monkeypatch):
+    assert main(["tiny", "--data", "small.npz"]) == 0
+    assert "takes no data set" not in capsys.readouterr().err
+    monkeypatch.setattr(registry.find("tiny"), "USES_DATA", False, raising=False)
+    assert main(["tiny", "--data", "small.npz", "--quiet", "--fresh"]) == 0
+    shown = capsys.readouterr()
+    assert "note: tiny takes no data set" in shown.err
+    assert "preset quick, device" in shown.out

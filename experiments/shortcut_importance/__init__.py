@@ -27,6 +27,7 @@ from experiments.shortcut_importance.statements import CLAIMS
 from experiments.sweep import measure_cells
 
 NAME = "shortcut_importance"
+USES_DATA = False
 TITLE = "A shortcut and a step-size warm-up against spurious optima of a two-layer net"
 PAPER = (
     "T. Liu, M. Chen, M. Zhou, S. Du, E. Zhou, T. Zhao, Towards Understanding the Importance of "
