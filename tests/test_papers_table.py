@@ -21,7 +21,7 @@ def rows():
     start = README.index("   * - paper\n")
     table = README[start : README.index("\n\n.. ", start)]
     found = []
-    for row in re.split(r"\n   \* - ", "\n" + table)[1:]:
+    for row in re.split(r"\n   \* -(?: |(?=\n))", "\n" + table)[1:]:
         cells = [" ".join(cell.split()) for cell in re.split(r"\n     - ", row)]
         assert len(cells) == COLUMNS, cells
         found.append(cells)

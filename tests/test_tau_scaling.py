@@ -300,7 +300,7 @@ def test_every_file_is_written(decided, options):
         theory.mean_field_log_growth(1.0, 1000), rel=0.05
     )
     resnets = pd.read_csv(options.out / "resnets.csv")
-    assert len(resnets) == 5 * 2 * 2
+    assert len(resnets) == (3 * 2 + 2) * 2
     # The authors' errors are those on CIFAR-10.
     assert resnets.error_in_the_paper_percent.isna().all()
 
