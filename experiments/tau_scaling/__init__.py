@@ -100,7 +100,7 @@ PRESETS = {
     "quick": Sizes(
         summary="L up to 10000 for norms and 120 for descent; ResNet-20 to -56 on small images, "
         "three epochs; 16 seeds, but 8 of products and 4 of what is trained (--seeds "
-        "N: N of each); two to three minutes on two cores",
+        "N: N of each); three minutes on two cores",
         seeds=16,
         depths=(10, 30, 100, 300, 1000, 3000, 10000),
         width=256,
