@@ -84,6 +84,14 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
+def seed_from(value: Any) -> int:
+    """A seed made from numbers, words, lists and mappings of them: different for different ones.
+
+    It has 32 bits, because torch's generator on the CPU takes no notice of more.
+    """
+    return int(fingerprint(value)[:8], 16)
+
+
 def code_fingerprint() -> str:
     """Hash the source of both packages, to notice that the program changed between two runs."""
     digest = hashlib.sha256()

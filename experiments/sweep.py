@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.errors import StoreError
 from experiments.ranks import alone, current, on_first
-from experiments.store import CellStore, canonical, fingerprint
+from experiments.store import CellStore, canonical, seed_from
 
 if TYPE_CHECKING:
     from experiments.registry import Options
@@ -169,7 +169,7 @@ def _seed(cell: Cell) -> None:
     import numpy as np
     import torch
 
-    seed = int(fingerprint(cell)[:8], 16)
+    seed = seed_from(cell)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - the legacy global state is what is pinned here
     torch.manual_seed(seed)

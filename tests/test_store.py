@@ -21,6 +21,7 @@ from experiments.store import (
     canonical,
     from_json,
     mark_finished,
+    seed_from,
     to_json,
 )  # fmt: skip
 from experiments.sweep import RunInterrupted, run_cells
@@ -330,3 +331,10 @@ def test_a_store_in_memory_holds_the_same_and_no_file(tmp_path, monkeypatch):
         other.mark_finished()
         assert other.finished
     assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]
+
+
+def test_a_seed_is_made_from_what_it_is_for():
+    seeds = {seed_from(what) for what in ("net", ["net", 0], ["net", 1], {"L": 3}, {"L": 4})}
+    assert len(seeds) == 5
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert seed_from({"L": 3, "seed": 1}) == seed_from({"seed": 1, "L": 3})

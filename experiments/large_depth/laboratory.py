@@ -22,7 +22,7 @@ from experiments.large_depth.networks import (
     propagate,
     trajectory,
 )
-from experiments.store import fingerprint
+from experiments.store import seed_from
 
 if TYPE_CHECKING:
     from experiments.large_depth import Sizes
@@ -123,13 +123,13 @@ class Laboratory:
         """The same norms as a Markov chain, sorted."""
         width, nets = self.sizes.chain_width, self.sizes.chain_nets
         depth = self.sizes.chain_depth
-        alpha, rng = scaling_factor(depth, 0.5), np.random.default_rng(_seed(cell))
+        alpha, rng = scaling_factor(depth, 0.5), np.random.default_rng(seed_from(cell))
         return {"logs": np.sort(norm_chain(depth, width, alpha, nets, rng))}
 
     def growth(self, cell: Cell) -> dict[str, Any]:
         """Norms of that chain at beta = 1/4."""
         depth, width = cell["L"], self.sizes.width
-        alpha, rng = scaling_factor(depth, 0.25), np.random.default_rng(_seed(cell))
+        alpha, rng = scaling_factor(depth, 0.25), np.random.default_rng(seed_from(cell))
         return {"logs": norm_chain(depth, width, alpha, self.sizes.growth_nets, rng)}
 
     def map(self, cell: Cell) -> dict[str, Any]:
@@ -294,12 +294,7 @@ def _smooth_factor(depth: int, variant: noise.Variant) -> Tensor:
 
 def _generator(cell: Cell) -> Generator:
     """What a cell draws depends on the cell alone."""
-    return torch.Generator().manual_seed(_seed(cell))
-
-
-def _seed(cell: Cell) -> int:
-    """32 bits: of more, the generator on the CPU would take no notice."""
-    return int(fingerprint(cell)[:8], 16)
+    return torch.Generator().manual_seed(seed_from(cell))
 
 
 def _logs(moved: Movement) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from conditioning.errors import InvalidArgumentError, ShapeError
 from experiments.models.initialise import Init, initialise_, initialise_like_torch_
 from experiments.models.residual_mlp import ResidualBranch, check_branch_scale
+from experiments.models.sizes import check_sizes
 
 Variant = Literal["resnet", "proc"]
 StrideOn = Literal["3x3", "1x1"]
@@ -107,10 +108,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         sizes = {"n": n, "in_channels": in_channels, "num_classes": num_classes}
         sizes |= {f"widths[{i}]": width for i, width in enumerate(widths)}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                msg = f"{name} must be a positive integer, got {size!r}."
-                raise InvalidArgumentError(msg)
+        check_sizes(sizes)
         if not widths:
             msg = "widths must name the channels of at least one stage, got none."
             raise InvalidArgumentError(msg)

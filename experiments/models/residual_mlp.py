@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from conditioning.errors import InvalidArgumentError
 from experiments.models.initialise import initialise_, initialise_like_torch_
+from experiments.models.sizes import check_sizes
 
 
 def check_branch_scale(scale: float | nn.Parameter) -> float | nn.Parameter:
@@ -127,10 +128,7 @@ class ResidualMLP(nn.Module):
             "num_blocks": num_blocks,
             "num_classes": num_classes,
         }
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                msg = f"{name} must be a positive integer, got {size!r}."
-                raise InvalidArgumentError(msg)
+        check_sizes(sizes)
         self.num_blocks, self.bn, self.skip = num_blocks, bn, skip
 
         def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from conditioning.errors import InvalidArgumentError, ShapeError
 from experiments.models.initialise import initialise_like_torch_
 from experiments.models.residual_mlp import check_branch_scale
+from experiments.models.sizes import check_sizes
 
 LRule = Literal["all", "stage"]
 
@@ -43,10 +44,7 @@ def counted_blocks(n: int, num_stages: int = 3, rule: LRule = "all") -> int:
     >>> counted_blocks(18)
     54
     """
-    for name, number in (("n", n), ("num_stages", num_stages)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            msg = f"{name} must be a positive integer, got {number!r}."
-            raise InvalidArgumentError(msg)
+    check_sizes({"n": n, "num_stages": num_stages})
     if rule not in get_args(LRule):
         msg = f"rule must be one of {', '.join(get_args(LRule))}, got {rule!r}."
         raise InvalidArgumentError(msg)
@@ -154,10 +152,7 @@ class ScaledResNet(nn.Module):
         super().__init__()
         sizes = {"n": n, "in_channels": in_channels, "num_classes": num_classes}
         sizes |= {f"widths[{i}]": width for i, width in enumerate(widths)}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                msg = f"{name} must be a positive integer, got {size!r}."
-                raise InvalidArgumentError(msg)
+        check_sizes(sizes)
         if not widths or list(widths) != sorted(widths):
             msg = f"widths must name the channels of each stage and not fall, got {list(widths)}."
             raise InvalidArgumentError(msg)

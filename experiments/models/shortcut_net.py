@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conditioning.errors import InvalidArgumentError, ShapeError
+from experiments.models.sizes import check_sizes
 
 Activation = Callable[[Tensor], Tensor]
 Init = Literal["zero", "identity", "xavier", "orthogonal"]
@@ -148,10 +149,7 @@ class ShortcutNet(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"dim": dim, "num_units": num_units, "shortcut_depth": shortcut_depth}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                msg = f"{name} must be a positive integer, got {size!r}."
-                raise InvalidArgumentError(msg)
+        check_sizes(sizes)
         if not dtype.is_floating_point:
             msg = f"dtype must be a floating dtype, got {dtype}."
             raise InvalidArgumentError(msg)

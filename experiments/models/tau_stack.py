@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from conditioning.errors import InvalidArgumentError
 from experiments.models.residual_mlp import check_branch_scale
+from experiments.models.sizes import check_sizes
 
 
 class TauStack(nn.Module):
@@ -71,10 +72,7 @@ class TauStack(nn.Module):
             "in_features": in_features, "width": width, "num_blocks": num_blocks,
             "out_features": out_features,
         }  # fmt: skip
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                msg = f"{name} must be a positive integer, got {size!r}."
-                raise InvalidArgumentError(msg)
+        check_sizes(sizes)
         check_branch_scale(tau)
         if not (math.isfinite(variance) and variance >= 0):
             msg = f"variance must be finite and not negative, got {variance}."

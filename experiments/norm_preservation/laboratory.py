@@ -21,7 +21,7 @@ from experiments.data import Dataset
 from experiments.models import CifarResNet, ResidualBranch, ResidualMLP
 from experiments.pictures import as_pictures, resized, standardised
 from experiments.ratios import split_summary, summary, windows_of
-from experiments.store import code_fingerprint, fingerprint
+from experiments.store import code_fingerprint, fingerprint, seed_from
 from experiments.training import Recipe, Trainer, deterministic_kernels
 
 if TYPE_CHECKING:
@@ -124,9 +124,7 @@ class Laboratory:
         self, inputs: Tensor, cell: Cell, size: int, count: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Random samples, drawn from the seed of the cell."""
-        generator = torch.Generator().manual_seed(
-            int(fingerprint(["batches", cell["seed"]])[:8], 16)
-        )
+        generator = torch.Generator().manual_seed(seed_from(["batches", cell["seed"]]))
         for _ in range(count):
             chosen = torch.randperm(len(inputs), generator=generator)[:size]
             yield inputs[chosen].to(self.device), self.labels[chosen].to(self.device)
@@ -325,7 +323,7 @@ def _names(blocks: Blocks) -> dict[str, Any]:
 
 def _generator(cell: Cell) -> torch.Generator:
     # Nets of one seed and size share their draws, whatever else differs.
-    return torch.Generator().manual_seed(int(fingerprint(["net", cell["seed"]])[:8], 16))
+    return torch.Generator().manual_seed(seed_from(["net", cell["seed"]]))
 
 
 def _relative(found: np.ndarray, exact: np.ndarray) -> float:

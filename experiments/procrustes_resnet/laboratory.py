@@ -22,7 +22,7 @@ from experiments.pictures import resized, split_pictures
 from experiments.procrustes_resnet import operators
 from experiments.procrustes_resnet.nets import NETS
 from experiments.ratios import split_summary, windows_of
-from experiments.store import code_fingerprint, fingerprint
+from experiments.store import code_fingerprint, fingerprint, seed_from
 from experiments.training import Recipe, Trainer, deterministic_kernels
 
 if TYPE_CHECKING:
@@ -215,4 +215,4 @@ def _spectra_projected(procrustes: Procrustes) -> list[dict[str, Any]]:
 
 
 def _seed(purpose: str, cell: Cell) -> int:
-    return int(fingerprint([purpose, cell["seed"]])[:8], 16)
+    return seed_from([purpose, cell["seed"]])

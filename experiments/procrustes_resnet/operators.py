@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from conditioning import Procrustes, SingularValues, singular_values, theory
 from experiments.models.initialise import initialise_
-from experiments.store import fingerprint
+from experiments.store import seed_from
 
 Cell = Mapping[str, Any]
 
@@ -149,4 +149,4 @@ def _polar(matrices: Tensor) -> Tensor:
 
 def _seed(cell: Cell) -> int:
     # All methods begin with one and the same kernel.
-    return int(fingerprint(["operator", cell["layer"], cell["seed"]])[:8], 16)
+    return seed_from(["operator", cell["layer"], cell["seed"]])

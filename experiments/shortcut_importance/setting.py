@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from experiments.shortcut_importance.descent import Lanes, Nets
-from experiments.store import fingerprint
+from experiments.store import seed_from
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ METHODS: Mapping[str, Method] = {method.name: method for method in (WARM, SHORT,
 def generator(**drawn_from: Any) -> torch.Generator:
     """Random numbers that depend on what they are for, and on nothing else."""
     # 32 bits: the generator of the CPU ignores all others.
-    return torch.Generator().manual_seed(int(fingerprint(drawn_from)[:8], 16))
+    return torch.Generator().manual_seed(seed_from(drawn_from))
 
 
 def normals(source: torch.Generator, *shape: int) -> Tensor:

@@ -17,7 +17,7 @@ from experiments.data import Dataset
 from experiments.errors import DataFormatError
 from experiments.models import ScaledResNet, TauStack, counted_blocks
 from experiments.pictures import resized, split_pictures
-from experiments.store import code_fingerprint, fingerprint
+from experiments.store import code_fingerprint, fingerprint, seed_from
 from experiments.tau_scaling import checks
 from experiments.tau_scaling.chain import norms_through
 from experiments.tau_scaling.descent import Lanes, descend
@@ -287,4 +287,4 @@ def _rate(outputs: int, width: int) -> float:
 
 def _seed(purpose: str, cell: Any) -> int:
     described = dict(cell) if isinstance(cell, Mapping) else cell
-    return int(fingerprint([purpose, described])[:8], 16)
+    return seed_from([purpose, described])
