@@ -96,7 +96,7 @@ class BidiagonalRun(LanczosRun):
         index, row = divmod(place, _CHUNK)
         side = self._sides[parity]
         if index == len(side):
-            room = (self._max_steps + 1 - parity) // 2 - index * _CHUNK
+            room = (self.max_steps + 1 - parity) // 2 - index * _CHUNK
             shape = (max(min(_CHUNK, room), 1), self._lengths[parity])
             side.append(torch.empty(shape, dtype=self._dtype, device=self._device))
         side[index][row] = vector

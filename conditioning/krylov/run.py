@@ -71,6 +71,8 @@ class LanczosRun:
     ----------
     num_steps : int
         Steps done, the columns of the basis.
+    max_steps : int
+        Steps at most.
     closed : bool
         The Krylov space is invariant: the residual is not larger than rounding explains.
     noise : float
@@ -111,7 +113,7 @@ class LanczosRun:
         self._leak = 0.0
         self._may_close = True
         self._jacobi: JacobiMatrix | None = None
-        self._max_steps = size if max_steps is None else min(max_steps, size)
+        self.max_steps = size if max_steps is None else min(max_steps, size)
         vector = start.detach().to(self._device, basis_dtype)
         if not (np.isfinite(self.start_norm) and self.start_norm > 0):
             msg = "The start vector of a Krylov method must be finite and not zero."
@@ -134,7 +136,7 @@ class LanczosRun:
     def _append(self, vector: Tensor) -> None:
         index, row = divmod(self.num_steps, _CHUNK)
         if index == len(self._chunks):
-            size = min(_CHUNK, self._max_steps - index * _CHUNK)
+            size = min(_CHUNK, self.max_steps - index * _CHUNK)
             shape = (max(size, 1), self.operator.shape[0])
             self._chunks.append(torch.empty(shape, dtype=self._dtype, device=self._device))
         self._chunks[index][row] = vector
@@ -167,7 +169,7 @@ class LanczosRun:
         AsymmetricOperatorError
             If the products are not those of a symmetric operator.
         """
-        target = min(self.num_steps + num_steps, self._max_steps)
+        target = min(self.num_steps + num_steps, self.max_steps)
         try:
             while self.num_steps < target and not self.closed:
                 self._batch(min(self._check_every, target - self.num_steps))
@@ -386,7 +388,7 @@ class LanczosRun:
             )
             raise InvalidArgumentError(msg)
         self._chunks, self.num_steps, self._jacobi = [], 0, None
-        self._max_steps = max(self._max_steps, len(state["basis"]))
+        self.max_steps = max(self.max_steps, len(state["basis"]))
         for row in state["basis"].to(self._dtype):
             self._append(row)
         self._alpha, self._beta = list(state["alpha"]), list(state["beta"])

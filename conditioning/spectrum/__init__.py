@@ -7,6 +7,7 @@ from conditioning.spectrum.full import FullSpectrum, full_spectrum
 from conditioning.spectrum.results import ConditionNumber, Eigenvalues, Estimate
 from conditioning.spectrum.singular import singular_range
 from conditioning.spectrum.singular_bounds import SingularRange
+from conditioning.spectrum.survey import SpectrumSurvey, survey
 
 __all__ = [
     "ConditionNumber",
@@ -15,11 +16,13 @@ __all__ = [
     "FullSpectrum",
     "SingularRange",
     "SpectralDensity",
+    "SpectrumSurvey",
     "condition_number",
     "eigenvalues",
     "full_spectrum",
     "index",
     "singular_range",
     "spectral_density",
+    "survey",
     "trace",
 ]
