@@ -1,9 +1,8 @@
 """The checkup: where a network loses the norm, and how badly its loss is conditioned."""
 
-from conditioning.checkup.results import (
+from conditioning.checkup.readings import (
     ActivationReading,
     BlockReading,
-    Checkup,
     DensityCurve,
     Finding,
     LayerReading,
@@ -14,6 +13,7 @@ from conditioning.checkup.results import (
     SpectrumReading,
     StepSize,
 )
+from conditioning.checkup.results import Checkup
 
 __all__ = [
     "ActivationReading",
