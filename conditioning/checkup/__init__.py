@@ -14,6 +14,7 @@ from conditioning.checkup.readings import (
     StepSize,
 )
 from conditioning.checkup.results import Checkup
+from conditioning.checkup.run import checkup
 
 __all__ = [
     "ActivationReading",
@@ -28,4 +29,5 @@ __all__ = [
     "Setting",
     "SpectrumReading",
     "StepSize",
+    "checkup",
 ]

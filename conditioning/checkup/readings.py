@@ -70,7 +70,8 @@ class BlockReading(Result):
         ``grad_in`` over ``grad_out`` of the last block: the ratios of this block and all after
         it, and of what runs between them.
     branch_share : float or None
-        Norm of the branch over the norm of the skip where they are added, on the first batch.
+        Norm of the branch over the norm of the skip where they are added, on the first batch; the
+        largest, where a block has several additions.
     jacobian : BlockJacobian or None
         Extreme singular values; ``None`` where the budget did not reach.
     """
@@ -140,10 +141,12 @@ class LayerReading(Result):
         Place in the order of execution.
     fan_in : int
     weight_gain : float
-        ``sqrt(fan_in) std(weight)``: 1 keeps the variance of a linear layer, sqrt(2) that of a
-        layer in front of a ReLU (He, Zhang, Ren, Sun, arXiv:1502.01852).
-    normalised : bool
-        Whether what the layer returns goes straight into a normalisation.
+        ``sqrt(fan_in)`` times the root mean square of the weight: 1 keeps the size of a signal
+        through a linear layer, sqrt(2) through a layer and a ReLU (He, Zhang, Ren, Sun,
+        arXiv:1502.01852).
+    followed_by : str
+        The activation function that what the layer returns goes straight into, or
+        ``"normalisation"``; empty where it is something else.
     largest, smallest : Estimate or None
         Singular values of the layer as it runs, measured for transitions; ``None`` elsewhere.
     operator : str
@@ -159,12 +162,17 @@ class LayerReading(Result):
     depth: int
     fan_in: int
     weight_gain: float
-    normalised: bool
+    followed_by: str
     largest: Estimate | None
     smallest: Estimate | None
     operator: str
     target: float | None
     status: str
+
+    @property
+    def normalised(self) -> bool:
+        """Whether a normalisation follows, so that the scale of the weight does not count."""
+        return self.followed_by == "normalisation"
 
 
 @dataclass(frozen=True)

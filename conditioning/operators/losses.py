@@ -218,10 +218,10 @@ class LossOperator(LinearOperator):
 
     def _loss_of(self, outputs: Any, targets: Any, batch: Any) -> Tensor:
         if self._loss_fn is None:
-            return _scalar(outputs)
+            return scalar_loss(outputs)
         with checks.translated_forward_errors(batch, self._parameters):
             loss = self._loss_fn(outputs, targets)
-        return _scalar(loss)
+        return scalar_loss(loss)
 
     def _budget(self) -> int:
         if self._memory_budget is not None:
@@ -379,7 +379,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _scalar(loss: Any) -> Tensor:
+def scalar_loss(loss: Any) -> Tensor:
     """Return the loss as a 0-d tensor, if it is one real number with a graph."""
     if not isinstance(loss, Tensor):
         hint = (
