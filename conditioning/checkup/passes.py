@@ -59,6 +59,7 @@ class Passes:
     num_batches: int
     num_samples: int
     complete: bool
+    seconds: float  # of one pass over the whole data
     notes: list[str] = field(default_factory=list)
 
 
@@ -98,6 +99,7 @@ def run_passes(
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
+        begin = clock.elapsed
         for batch in batches:
             if found and may_go_on():
                 complete = False
@@ -107,6 +109,7 @@ def run_passes(
             size += batches.size_or(batch, 1.0)
             bar.update()
         first = next(iter(batches))
+    seconds = clock.elapsed - begin
     for warning in caught:
         if issubclass(warning.category, BlockNotSeenWarning):
             notes.append(str(warning.message))
@@ -124,7 +127,7 @@ def run_passes(
         over_batches(_deviation(b.points) for b in found) if readings else _NONE,
         nonfinite.message if nonfinite else "", readings, _activations(watch.uses.values()),
         tuple(_recurrent(watch.times.values())), tuple(watch.layers.values()), len(found),
-        int(size), complete, notes,
+        int(size), complete, seconds, notes,
     )  # fmt: skip
 
 
