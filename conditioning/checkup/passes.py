@@ -59,7 +59,8 @@ class Passes:
     num_batches: int
     num_samples: int
     complete: bool
-    seconds: float  # of one pass over the whole data
+    seconds: float  # of one pass over the batches
+    interrupted: bool
     notes: list[str] = field(default_factory=list)
 
 
@@ -89,7 +90,7 @@ def run_passes(
     watch = Watch(model)
     found: list[_Batch] = []
     notes: list[str] = []
-    size, complete = 0.0, True
+    size, complete, interrupted = 0.0, True, False
     may_go_on = clock.deadline(_SHARE)
     modules = list(model.modules())
     tracker = None if blocks is None else GradientNorms(model, blocks, process_group=None)
@@ -104,8 +105,14 @@ def run_passes(
             if found and may_go_on():
                 complete = False
                 break
-            with BufferGuard(modules), torch.inference_mode(mode=False), torch.enable_grad():
-                found.append(_one(model, loss_fn, batch, tracker, watch, parameters, device))
+            try:
+                with BufferGuard(modules), torch.inference_mode(mode=False), torch.enable_grad():
+                    found.append(_one(model, loss_fn, batch, tracker, watch, parameters, device))
+            except KeyboardInterrupt:
+                if not found:
+                    raise
+                complete, interrupted = False, True
+                break
             size += batches.size_or(batch, 1.0)
             bar.update()
         first = next(iter(batches))
@@ -127,7 +134,7 @@ def run_passes(
         over_batches(_deviation(b.points) for b in found) if readings else _NONE,
         nonfinite.message if nonfinite else "", readings, _activations(watch.uses.values()),
         tuple(_recurrent(watch.times.values())), tuple(watch.layers.values()), len(found),
-        int(size), complete, seconds, notes,
+        int(size), complete, seconds, interrupted, notes,
     )  # fmt: skip
 
 

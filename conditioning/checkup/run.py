@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conditioning.blocks import Blocks, block_jacobians, select_blocks
+from conditioning.blocks import Block, Blocks, block_jacobians, select_blocks
 from conditioning.blocks.record import refuse_lazy
 from conditioning.blocks.wrappers import unwrapped
 from conditioning.checkup.clock import Clock
@@ -207,11 +207,14 @@ class _Examination:
                 self.clock,
             )
             self.readings = self.passes.blocks
+            self.interrupted = self.passes.interrupted
             if not self.passes.complete:
                 self.missing.append(
                     Missing(
                         "norms on the other batches",
-                        f"the time was enough for {self.passes.num_batches}: give more seconds",
+                        f"the time was enough for {self.passes.num_batches}: give more seconds"
+                        if not self.interrupted
+                        else "it was interrupted",
                     )
                 )
             finite = math.isfinite(self.passes.loss.value) and math.isfinite(
@@ -270,13 +273,14 @@ class _Examination:
             )
             self.missing.append(Missing(f"spectrum of the {name} matrix", reason))
             return None
-        reading, missing, notes = read_spectrum(
+        found = read_spectrum(
             kind, (self.model, self.loss_fn, self.data), {"params": self.params}, self.clock,
             share, self.seed,
         )  # fmt: skip
-        self.missing += missing
-        self.notes += [note for note in notes if note not in self.notes]
-        return reading
+        self.missing += found.missing
+        self.notes += [note for note in found.notes if note not in self.notes]
+        self.interrupted |= found.interrupted
+        return found.reading
 
     def _layers(self) -> None:
         self.layers, missing = read_layers(self.model, self.inputs, self.passes.layers, self.clock)
@@ -287,9 +291,10 @@ class _Examination:
         if self.blocks is None:
             return
         inputs, samples = self._few_samples()
+        known = {block.label: block for block in self.blocks}
         names = list(dict.fromkeys(reading.name.split("#")[0] for reading in self.readings))
         order = [names[i] for i in spread(len(names))]
-        order.sort(key=lambda name: self.blocks[name].kind != "transition")  # type: ignore[index]
+        order.sort(key=lambda name: known[name].kind != "transition")
         end, left = self.clock.deadline(_JACOBIANS), []
         products = self.clock.matvecs_left(_JACOBIANS)
         with self.clock.stage("Jacobians", total=len(order), unit=" blocks") as bar:
@@ -297,9 +302,11 @@ class _Examination:
                 if self.interrupted or end() or products < 20:
                     left.append(name)
                     continue
-                allowed = min(_JACOBIAN_MATVECS, max(products // (len(order) - done), 20))
+                calls = sum(r.name.split("#")[0] == name for r in self.readings)
+                fair = products // ((len(order) - done) * calls)
+                allowed = min(_JACOBIAN_MATVECS, max(fair, 20))
                 try:
-                    products -= self._one_jacobian(inputs, name, allowed)
+                    products -= self._one_jacobian(inputs, known[name], allowed)
                 except KeyboardInterrupt:
                     self.interrupted = True
                     left.append(name)
@@ -314,11 +321,11 @@ class _Examination:
                 )
             )
 
-    def _one_jacobian(self, inputs: Any, name: str, allowed: int) -> int:
-        assert self.blocks is not None
+    def _one_jacobian(self, inputs: Any, block: Block, allowed: int) -> int:
+        name = block.label
         try:
             found = block_jacobians(
-                self.model, inputs, Blocks([self.blocks[name]]), max_matvecs=allowed,
+                self.model, inputs, Blocks([block]), max_matvecs=allowed,
                 seed=self.seed, progress=False,
             )  # fmt: skip
         except ConditioningError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,16 @@ _CURVE = 400  # points of a density that are kept
 _EIGH = 4e-10
 
 
+@dataclass(frozen=True)
+class Surveyed:
+    """A spectrum, or why there is none."""
+
+    reading: SpectrumReading | None
+    missing: list[Missing]
+    notes: list[str]
+    interrupted: bool = False
+
+
 def read_spectrum(
     kind: type[LossOperator],
     arguments: tuple[Any, ...],
@@ -34,7 +45,7 @@ def read_spectrum(
     clock: Clock,
     share: float,
     seed: int,
-) -> tuple[SpectrumReading | None, list[Missing], list[str]]:
+) -> Surveyed:
     """Survey the spectrum of one operator.
 
     Parameters
@@ -49,8 +60,7 @@ def read_spectrum(
 
     Returns
     -------
-    reading, missing, notes
-        The reading is ``None`` where the matrix could not be had; ``missing`` says why.
+    Surveyed
     """
     name = "Hessian" if kind is HessianOperator else "Gauss-Newton"
     notes: list[str] = []
@@ -68,13 +78,13 @@ def read_spectrum(
                 operator, room, dense=dense, seed=seed, should_stop=end, progress=bar.update
             )
         except ConditioningError as error:
-            return None, [Missing(f"spectrum of the {name} matrix", str(error))], notes
+            return Surveyed(None, [Missing(f"spectrum of the {name} matrix", str(error))], notes)
         except torch.OutOfMemoryError as error:
             reason = f"out of memory ({str(error).splitlines()[0]}): pass a smaller batch"
-            return None, [Missing(f"spectrum of the {name} matrix", reason)], notes
+            return Surveyed(None, [Missing(f"spectrum of the {name} matrix", reason)], notes)
     clock.num_matvecs += operator.num_matvecs
     reading = _reading(name, found, time.monotonic() - begin)
-    return reading, _uncertain(reading), notes
+    return Surveyed(reading, _uncertain(reading), notes, found.interrupted)
 
 
 def _plan(operator: LossOperator, clock: Clock, share: float) -> tuple[int, bool]:

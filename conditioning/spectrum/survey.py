@@ -53,8 +53,8 @@ class SpectrumSurvey(Result):
         Of the eigenvalues.
     num_matvecs, num_probes : int
         ``num_probes`` is 0 where all eigenvalues are known.
-    stopped : bool
-        Whether it was told to end before it was done.
+    stopped, interrupted : bool
+        Whether it was told to end before it was done; by Ctrl-C.
     message : str
     """
 
@@ -71,6 +71,7 @@ class SpectrumSurvey(Result):
     num_matvecs: int
     num_probes: int
     stopped: bool
+    interrupted: bool
     message: str
 
 
@@ -170,10 +171,10 @@ def _from_all(operator: LinearOperator, options: Options, spent: int) -> Spectru
     return SpectrumSurvey(
         found.size, _tidy(end(float(values[-1]))), _tidy(end(float(values[0]))),
         found.condition_number(options.zero_rtol),
-        found.condition_number(options.zero_rtol, percentile=10), found.index(options.zero_rtol),
+        found.condition_number(options.zero_rtol, percentile=10.0), found.index(options.zero_rtol),
         Estimate(total, total - slack, total + slack), values,
         np.full(found.size, 1 / found.size), {q: found.quantile(q) for q in _QUANTILES},
-        operator.num_matvecs - spent, 0, False, f"all {found.size} eigenvalues known",
+        operator.num_matvecs - spent, 0, False, False, f"all {found.size} eigenvalues known",
     )  # fmt: skip
 
 
@@ -202,7 +203,7 @@ class _Walk:
         self._progress = progress
         self._generator = make_generator(seed)
         self._probes: list[Probe] = []
-        self._stopped = False
+        self._stopped = self._interrupted = False
         self._trace = NAN
         self._run = self._new_run(measure_noise=True)
 
@@ -231,7 +232,7 @@ class _Walk:
         except KeyboardInterrupt:
             if run.num_steps < _FEWEST_STEPS and not self._probes:
                 raise
-            self._stopped = True
+            self._stopped = self._interrupted = True
         self._progress(self._operator.num_matvecs - before)
         self._stopped |= self._should_stop()
         return not self._stopped
@@ -258,7 +259,10 @@ class _Walk:
         if self._stopped or count < 4 or self._run.only_zeros:
             return
         before = self._operator.num_matvecs
-        self._trace = trace(self._operator, count, self._generator)
+        try:
+            self._trace = trace(self._operator, count, self._generator)
+        except KeyboardInterrupt:
+            self._stopped = self._interrupted = True
         self._progress(self._operator.num_matvecs - before)
         self._stopped |= self._should_stop()
 
@@ -309,7 +313,7 @@ class _Walk:
             size, *self._ends(), condition, self._tenth(measure, condition.largest),
             self._index(measure), self._trace, nodes, weights,
             {q: measure.quantile(q, allowed, absolute=False) for q in _QUANTILES},
-            self._used, len(self._probes), self._stopped, message,
+            self._used, len(self._probes), self._stopped, self._interrupted, message,
         )  # fmt: skip
 
     def _ends(self) -> tuple[Estimate, Estimate]:
