@@ -108,8 +108,8 @@ def checkup(*, ratio=1.1, status="complete", findings=True):
                 "conv1", "Conv2d", "stem", 0, 27, 1.41, "normalisation", None, None, "", None, ""
             ),
             LayerReading(
-                "layer1.3.downsample.0", "Conv2d", "transition", 4, 16, 1.0, "normalisation", near(2.1),
-                near(0.3), "true", math.sqrt(2), "exact",
+                "layer1.3.downsample.0", "Conv2d", "transition", 4, 16, 1.0, "normalisation",
+                near(2.1), near(0.3), "true", math.sqrt(2), "exact",
             ),
         ),
         (

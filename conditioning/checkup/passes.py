@@ -91,7 +91,7 @@ def run_passes(
     found: list[_Batch] = []
     notes: list[str] = []
     size, complete, interrupted = 0.0, True, False
-    may_go_on = clock.deadline(_SHARE)
+    is_late = clock.deadline(_SHARE)
     modules = list(model.modules())
     tracker = None if blocks is None else GradientNorms(model, blocks, process_group=None)
     with (
@@ -101,20 +101,19 @@ def run_passes(
     ):
         warnings.simplefilter("always")
         begin = clock.elapsed
-        for batch in batches:
-            if found and may_go_on():
-                complete = False
-                break
-            try:
+        try:
+            for batch in batches:
+                if found and is_late():
+                    complete = False
+                    break
                 with BufferGuard(modules), torch.inference_mode(mode=False), torch.enable_grad():
                     found.append(_one(model, loss_fn, batch, tracker, watch, parameters, device))
-            except KeyboardInterrupt:
-                if not found:
-                    raise
-                complete, interrupted = False, True
-                break
-            size += batches.size_or(batch, 1.0)
-            bar.update()
+                size += batches.size_or(batch, 1.0)
+                bar.update()
+        except KeyboardInterrupt:
+            if not found:
+                raise
+            complete, interrupted = False, True
         first = next(iter(batches))
     seconds = clock.elapsed - begin
     for warning in caught:

@@ -10,10 +10,11 @@ import numpy as np
 from conditioning.checkup.readings import BlockReading, LayerReading, Prediction
 from conditioning.spectrum import Estimate
 from conditioning.spectrum.full import NAN
-from conditioning.theory import log_growth_bounds, ratio_band, scaling_factor
+from conditioning.theory import ratio_band
 
 _NORM_PRESERVATION = "Zaeemzadeh, Rahnavard, Shah, arXiv:1805.07477"
 _EQUAL = 0.01  # singular values this near to the target count as equal to it
+_ORDER_ONE = math.e
 _TAU = "Zhang, Yu, Yi, Chen, Liu, arXiv:1903.07120"
 
 
@@ -78,21 +79,18 @@ def _growth(blocks: Sequence[BlockReading]) -> Iterator[Prediction]:
         first, last = run[0].act_in, run[-1].act_out
         if count < 3 or not first.value > 0 or not math.isfinite(last.value):
             continue
-        # Squared norms have these bounds in the mean, whatever the width.
-        _, most = log_growth_bounds(scaling_factor(count, 0.5), count)
         measured = Estimate(
             last.value / first.value,
             last.low / first.high if first.high else math.nan,
             last.high / first.low if first.low else math.nan,
         )
-        high = math.exp(most / 2)
         yield Prediction(
-            f"growth of the activations over the {count} blocks {run[0].name} ... {run[-1].name} "
-            f"if their branches were scaled by 1/√{count}",
-            0.0, high, measured, _compared(measured, 0.0, high),
-            f"{_TAU}, Theorem 1; the constant is log_growth_bounds",
-            "for branches that keep the norm (He initialisation); outside means that the "
-            "branches here add more than that",
+            f"growth of the activations over the {count} blocks {run[0].name} ... {run[-1].name}, "
+            f"as if their branches were scaled by 1/√{count}: of order 1",
+            1 / _ORDER_ONE, _ORDER_ONE, measured, _compared(measured, 1 / _ORDER_ONE, _ORDER_ONE),
+            f"{_TAU}, Theorem 1; the limit √e = 1.65 is conditioning.theory.limit_log_growth",
+            "taken as of order 1: a factor of e either way; outside means that the branches here "
+            "add more than branches of He's size times 1/√L would",
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,12 +37,11 @@ def steady(model: nn.Module) -> Iterator[Mode]:
     """
     modules = list(model.modules())
     random = random_modules({"": model})
-    norms = [(name, module) for name, module in tracking_norms({"": model})]
-    by_batch = [module for _, module in norms] + [
-        m
+    norms: list[Any] = [module for _, module in tracking_norms({"": model})]
+    by_batch = any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
         for m in modules
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
-    ]
+    )
     notes = []
     if random:
         notes.append(f"off for the measurement: {join_names(random)}")
@@ -55,7 +55,7 @@ def steady(model: nn.Module) -> Iterator[Mode]:
         for module in modules:
             stack.callback(setattr, module, "training", module.training)
             module.training = False
-        for _, module in norms:
+        for module in norms:
             stack.callback(setattr, module, "track_running_stats", module.track_running_stats)
             module.training, module.track_running_stats = True, False
         # The fused encoder layer of evaluation mode calls none of the modules inside it.
@@ -67,4 +67,4 @@ def steady(model: nn.Module) -> Iterator[Mode]:
             stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
             torch.backends.cudnn.enabled = False
         name = "as in training, without chance" if training else "evaluation"
-        yield Mode(name, tuple(notes), bool(by_batch))
+        yield Mode(name, tuple(notes), by_batch)
