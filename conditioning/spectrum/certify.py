@@ -212,6 +212,12 @@ def is_exhausted(run: LanczosRun, options: Options) -> bool:
     return run.only_zeros or _exhausted(run, options, options.failure_probability / 2) is not None
 
 
+def is_enclosed(run: LanczosRun, options: Options) -> bool:
+    """Whether a run knows the condition number as narrowly as is asked for."""
+    bounds = _enclose(run, options, options.failure_probability / 2, raised=False)
+    return bounds.ratio <= 1 + options.rtol
+
+
 def _exhausted(run: LanczosRun, options: Options, allowed: float) -> _Bounds | None:
     """Bounds of a closed run, with the smallest allowance that encloses; None if none does."""
     if not run.closed:

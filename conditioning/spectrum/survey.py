@@ -14,7 +14,7 @@ from conditioning.jacobi import Array
 from conditioning.krylov import LanczosRun, make_generator, random_start
 from conditioning.memory import available_bytes
 from conditioning.operators.base import LinearOperator
-from conditioning.spectrum.certify import Options, certify, is_exhausted
+from conditioning.spectrum.certify import Options, certify, is_enclosed, is_exhausted
 from conditioning.spectrum.common import check_at_least, check_counts, square
 from conditioning.spectrum.density import trace
 from conditioning.spectrum.full import NAN, full_spectrum, zero_operator
@@ -244,9 +244,8 @@ class _Walk:
         while self._extend(run, _CHUNK, limit) or (self._unsettled() and run.reopen()):
             if run.num_steps < check:
                 continue
-            check = run.num_steps + max(_CHUNK, run.num_steps // 10)
-            found = self._condition()
-            if found.status in ("certified", "exhausted") and found.high / found.low <= 1.01:
+            check = run.num_steps + max(_CHUNK, run.num_steps // 4)
+            if is_enclosed(run, self._options):
                 break
 
     def _unsettled(self) -> bool:
