@@ -383,6 +383,41 @@ def test_a_hugging_face_model_that_returns_its_loss():
     assert any("Dropout" in note for note in report.setting.notes)
 
 
+def test_an_autoencoder_with_a_reconstruction_loss():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = nn.Sequential(
+                nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, 2, 1), nn.ReLU()
+            )
+            self.up = nn.Sequential(
+                nn.ConvTranspose2d(4, 8, 2, 2), nn.ReLU(), nn.ConvTranspose2d(8, 3, 2, 2)
+            )
+
+        def forward(self, x):
+            return self.up(self.down(x))
+
+    images = torch.randn(6, 3, 8, 8)
+    report = checkup(Net(), nn.MSELoss(), (images, images), **QUICK)
+    # At every position of the output one tap of a kernel of its stride meets four channels.
+    gains = {layer.name: (layer.fan_in, layer.followed_by) for layer in report.layers}
+    assert gains["up.0"] == (4, "relu")
+    assert gains["down.0"] == (27, "relu")
+    assert len(report.activations) == 3
+    assert report.gauss_newton.smallest.high > -1e-5  # no direction curves downwards
+
+
+def test_attention_is_switched_to_its_math_path_and_back():
+    model, inputs = ZOO["encoder_prenorm"]()
+    flags = torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
+    report = checkup(model, total, (inputs, None), **QUICK)
+    assert any("math path" in note for note in report.setting.notes)
+    assert flags == (
+        torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
+    )  # fmt: skip
+    assert report.hessian is not None
+
+
 def test_a_model_that_returns_its_loss():
     class WithLoss(nn.Module):
         def __init__(self):
@@ -418,7 +453,9 @@ def test_training_mode_is_kept_but_for_chance():
     assert any("2 (Dropout)" in note for note in report.setting.notes)
     model.eval()
     report = checkup(model, nn.CrossEntropyLoss(), (x, y), **QUICK)
-    assert report.loss.value == pytest.approx(float(nn.functional.cross_entropy(model(x), y)))
+    assert report.loss.value == pytest.approx(
+        float(nn.functional.cross_entropy(model(x), y).detach())
+    )
     assert report.setting.mode == "evaluation"
 
 
