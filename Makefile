@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DIST ?= dist
+DOCS ?= docs/_build/html
 PIP_ARGS ?=
 ARGS ?=
 
@@ -16,7 +17,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce bench test lint wheel clean
+.PHONY: help reproduce bench test lint docs wheel clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -42,6 +43,11 @@ lint: $(VENV)/.installed-lint  ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy conditioning experiments
 
+# Warnings are errors, a reference to a name that is not there among them. It fetches nothing.
+docs: $(VENV)/.installed-docs  ## Build the documentation into docs/_build/html
+	$(BIN)/python -m sphinx -b html -n -W --keep-going --quiet $(ARGS) docs $(DOCS)
+	@echo "the documentation is in $(DOCS)/index.html"
+
 # The build runs without isolation, so that its setuptools is the pinned one. Going through the
 # source archive keeps files of the working tree out of the wheel that nobody ships.
 wheel: $(VENV)/.installed-lint  ## Build, check, install and import the wheel
@@ -56,7 +62,7 @@ wheel: $(VENV)/.installed-lint  ## Build, check, install and import the wheel
 	rm -rf $(VENV)-wheel
 
 clean:  ## Remove the environment, builds and caches
-	rm -rf $(VENV) $(VENV)-wheel $(DIST) build *.egg-info
+	rm -rf $(VENV) $(VENV)-wheel $(DIST) build docs/_build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

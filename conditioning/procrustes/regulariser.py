@@ -92,10 +92,10 @@ class Procrustes:
 
     Notes
     -----
-    Of overlapping kernels there are two kinds (:mod:`.routes`). Those with at least as many output
+    Of overlapping kernels there are two kinds (``routes.py``). Those with at least as many output
     channels as inputs in a window (image stems), or the reverse, get orthogonal taps in one step:
     the nearest kernel of that form, which is exact. All others take ``sweeps`` alternating
-    projections with the stride-aware transform :mod:`conditioning.singular.symbol`, and
+    projections with the stride-aware transform ``conditioning.singular.symbol``, and
     :meth:`report` says what spread is left. That need not vanish with more sweeps: kernels whose
     operator is square (3x3 that keep the channels; 3x3 of stride 2 to four times the channels)
     come to rest with singular values that differ several times. Begin with

@@ -93,12 +93,12 @@ def singular_range(
 
     Notes
     -----
-    One Golub-Kahan run serves both ends (:class:`conditioning.krylov.bidiagonal.BidiagonalRun`),
+    One Golub-Kahan run serves both ends (``conditioning.krylov.bidiagonal``),
     each product once with the operator or its transpose. From within, both ends are certain:
     the singular values of the operator restricted to a subspace of the smaller side. From
     without, a singular value beyond the end would have a share of the random start vector so
     small that it happens with ``failure_probability`` only (Christoffel function,
-    :mod:`conditioning.jacobi`).
+    ``conditioning.jacobi``).
 
     The run works on ``[[0, J], [J^T, 0]]`` and not on ``J^T J``, whose rounding would hide every
     singular value below ``sqrt(eps) sigma_max``. What lies below the measured rounding of the

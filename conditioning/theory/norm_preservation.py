@@ -252,7 +252,7 @@ def expected_backward_gain(
 
     Parameters
     ----------
-    weight : Tensor of shape (c_out, c_in / groups, *kernel)
+    weight : Tensor of shape (c_out, c_in / groups, \*kernel)
         As ``nn.Linear`` (no kernel axes) and ``nn.Conv1d`` to ``nn.Conv3d`` store it.
     size : int or sequence of int, optional
         ``N``, the sides of the input; needed with ``padding_mode="zeros"`` and a kernel.
@@ -405,7 +405,7 @@ def initial_ratios(
     leaves variance :math:`b = \frac{a^2 g}{2} (1 - \frac1\pi)` behind, and its first BN divides
     the gradient by that of the stream, :math:`v_l = v_0 + l b`, so that
 
-    .. math:: r_l^2 = 1 + \frac{a^2 g}{2} \Big(1 - \frac1\pi\Big)^{-(k-1)} \frac{1}{v_l}, \qquad
+    .. math:: r_l^2 = 1 + \frac{a^2 g}{2} \left(1 - \frac1\pi\right)^{-(k-1)} \frac{1}{v_l}, \qquad
               r_l - 1 \approx \frac{(1 - 1/\pi)^{-k}}{2\,(l + v_0 / b)} .
 
     The mean of :math:`|1 - r_l|` therefore falls like :math:`\frac12 (1 - 1/\pi)^{-k}

@@ -274,7 +274,7 @@ def one_shortcut_largest_eigenvalue_bounds(
 ) -> tuple[float, float]:
     r"""Two-sided bound on the largest Hessian eigenvalue at zero, shortcuts of depth 1.
 
-    .. math:: \lambda_{\max}\Big(L \Sigma_{XX} + (L-1) \frac{D + D^T}2\Big) \le
+    .. math:: \lambda_{\max}\left(L \Sigma_{XX} + (L-1) \frac{D + D^T}2\right) \le
               \lambda_{\max}(H) \le L \|\Sigma_{XX}\|_2 + (L-1) \|D\|_2 ,
 
     for whitened data :math:`L(1+\mu) - \mu` with :math:`\mu = \lambda_{\max}((D + D^T)/2)`
