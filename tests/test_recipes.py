@@ -1,4 +1,4 @@
-"""The recipes of the README run as they are printed; skipped where a package is not installed."""
+"""The recipes of the docs run as they are printed; skipped where a package is not installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.frameworks import (
     training_arguments,
 )
 
-README = Path(__file__).parent.parent / "README.rst"
+PAGE = Path(__file__).parent.parent / "docs" / "recipes.rst"
 LABELS = (
     "Plain loop", "TensorBoard, and any other logger", "Weights & Biases", "Lightning",
     "Hugging Face Trainer", "Accelerate",
@@ -30,18 +30,16 @@ LABELS = (
 
 
 def recipes():
-    """The code blocks below the heading "Recipes", by the line that introduces each."""
-    text = README.read_text(encoding="utf-8")
-    section = re.search(r"^Recipes\n-+\n(.*?)(?=^\S[^\n]*\n-{4,}\n|\Z)", text, re.M | re.S)
+    """The code blocks of the page, by the line that introduces each."""
+    text = PAGE.read_text(encoding="utf-8")
     block = re.compile(r"^(\S[^\n]*):\n\n\.\. code-block:: python\n\n((?:   .*\n|\n)+)", re.M)
-    found = block.findall(section[1]) if section else []
-    return {label: textwrap.dedent(code).strip("\n") for label, code in found}
+    return {label: textwrap.dedent(code).strip("\n") for label, code in block.findall(text)}
 
 
 def execute(label, **names):
-    """Run a recipe as the README prints it, and return its tracker and the other names."""
+    """Run a recipe as the page prints it, and return its tracker and the other names."""
     names = {"GradientNorms": GradientNorms, **names}
-    exec(compile(recipes()[label], f"README.rst, {label}", "exec"), names)
+    exec(compile(recipes()[label], f"recipes.rst, {label}", "exec"), names)
     return names["norms"], names
 
 
@@ -63,7 +61,7 @@ def step_function(model, optimizer):
     return train
 
 
-def test_every_recipe_of_the_readme_is_run_here():
+def test_every_recipe_of_the_page_is_run_here():
     assert tuple(recipes()) == LABELS
 
 
