@@ -1,0 +1,279 @@
+"""Findings about norms along the depth: what is lost or gained over all blocks, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from conditioning.checkup import limits
+from conditioning.checkup.depth import (
+    Chain,
+    base,
+    carriers,
+    chain_of,
+    holds,
+    log,
+    logs,
+    over,
+    pooled,
+    runs_of,
+)
+from conditioning.checkup.readings import BlockReading, Finding, LayerReading
+from conditioning.checkup.results import Checkup
+from conditioning.spectrum import Estimate
+from conditioning.theory import scaling_factor
+
+_SHOWN = 5  # blocks that a finding names
+
+
+@dataclass(frozen=True)
+class _Gains:
+    """Layers whose scale of weights has a right value, and how far they are from it."""
+
+    layers: tuple[LayerReading, ...]
+    rights: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        """Logarithm of what the wrong scales do to a signal that goes through all layers."""
+        pairs = zip(self.layers, self.rights, strict=True)
+        return sum(log(layer.weight_gain) - math.log(right) for layer, right in pairs)
+
+    @property
+    def mean(self) -> float:
+        """Geometric mean of the gains."""
+        return math.exp(sum(log(layer.weight_gain) for layer in self.layers) / len(self.layers))
+
+    @property
+    def right(self) -> float:
+        """Geometric mean of the right ones."""
+        return math.exp(sum(map(math.log, self.rights)) / len(self.rights))
+
+
+def along_depth(report: Checkup, found: Sequence[Finding]) -> list[Finding]:
+    """Findings about the norms over all blocks.
+
+    Parameters
+    ----------
+    report : Checkup
+    found : sequence of Finding
+        What other rules found: a transition that loses most of the gradient says it all.
+    """
+    chain = chain_of(report)
+    branches = _unscaled(report, chain)
+    if branches is not None:
+        return [branches]
+    symptom = _gradient(report, chain, found)
+    if symptom is not None:
+        return [symptom]
+    return [f for f in (_activations(chain), _collapse(report, chain)) if f is not None][:1]
+
+
+def _fair(number: Estimate, blocks: Sequence[BlockReading]) -> float | None:
+    """The limit that a number is beyond with its whole enclosure, if it is."""
+    most = limits.fair_factor(len(blocks))
+    if number.low > most:
+        return most
+    least = 1 / (most * math.sqrt(math.prod(pooled(block) for block in blocks)))
+    return least if number.high < least else None
+
+
+def _weight(number: Estimate, limit: float) -> float:
+    return abs(log(number.value) - math.log(limit))
+
+
+# ---------------------------------------------------------------------- the gradient
+
+
+def _unscaled(report: Checkup, chain: Chain) -> Finding | None:
+    """Runs of residual blocks over whose second half the gradient grows by more than a power."""
+    runs = [run for run in runs_of(chain) if len(run) >= limits.FEWEST_BLOCKS]
+    late = [block for run in runs for block in run[len(run) // 2 :]]
+    second, limit = over(b.ratio for b in late), limits.second_half(len(runs))
+    if not runs or not second.low > limit:
+        return None
+    blocks = chain.of_kind("identity", "transition")
+    count, product = len(blocks), over(b.ratio for b in blocks)
+    tau = scaling_factor(count, 0.5)
+    worst = carriers(late, limits.MOST)[:_SHOWN]
+    index = report.blocks.index(worst[0])
+    return Finding(
+        "unscaled-branches", "problem", _weight(second, limit), tuple(b.name for b in worst),
+        f"The gradient grows by {product.value:.3g} over {count} residual blocks, and in the "
+        f"second half of each run of equal ones still by {second} (with normalisation or scaled "
+        f"branches it would be at most {limit:.2g}): exponentially in the depth. Most in "
+        f"{_listed(worst)}.",
+        f"Multiply the branches by tau = 1/sqrt({count}) = {tau:.3g}, which bounds the growth by a "
+        f"constant (arXiv:1903.07120), or put a normalisation into each branch.",
+        second, limit, f"blocks[{index}].ratio",
+    )  # fmt: skip
+
+
+def _gradient(report: Checkup, chain: Chain, found: Sequence[Finding]) -> Finding | None:
+    limit = _fair(chain.product, chain.blocks)
+    if limit is None or not chain.known:
+        return None
+    lost = limit < 1
+    whole = logs(chain.product).value
+    said = {f.where[0] for f in found if f.kind == "transition-loses-gradient" and f.where}
+    explained = sum(log(b.ratio.value) for b in chain.known if b.name in said)
+    if said and explained / whole >= limits.MOST:
+        return None
+    gains = _gains(report, chain)
+    by_gain = gains is not None and gains.total / whole >= limits.MOST
+    plain = _plain_layers(report, chain)
+    if gains is not None and by_gain and len(plain) < limits.PLAIN_DEPTH:
+        return _gain(report, chain, gains, limit)
+    worst = carriers(chain.known, limits.MOST)
+    one = len(worst) == 1 and len(chain.known) > 2
+    shown = worst[:_SHOWN]
+    verb = "keeps only" if lost else "is multiplied by"
+    spread = (
+        f"Most of that happens in {_listed(shown)}."
+        if one or len(worst) < max(len(chain.known) // 4, 2)
+        else f"It is spread over the depth: half of it comes from {len(worst)} blocks, most of all "
+        f"{_listed(shown)}."
+    )
+    scale = ""
+    if gains is not None and by_gain:
+        scale = (
+            f" The weights have gain {gains.mean:.3g} where {gains.right:.3g} keeps norms, which "
+            f"accounts for {min(gains.total / whole, 1):.0%} of the logarithm."
+        )
+    return Finding(
+        "gradient-vanishes" if lost else "gradient-explodes", "problem",
+        _weight(chain.product, limit), tuple(b.name for b in shown) if one else (),
+        f"The gradient {verb} {chain.product} of its norm on its way through {len(chain.blocks)} "
+        f"blocks; {limit:.2g} would be in the range of healthy nets of this depth. {spread}{scale}",
+        _remedy(shown, one=one, plain=bool(plain) and not chain.of_kind("identity"), gains=gains),
+        chain.product, limit, "product",
+    )  # fmt: skip
+
+
+def _remedy(worst: Sequence[BlockReading], *, one: bool, plain: bool, gains: _Gains | None) -> str:
+    if one and worst[0].kind == "transition":
+        return f"Make '{worst[0].name}' norm-preserving: Procrustes(model, ...) on its layers."
+    if one:
+        return f"Look into '{worst[0].name}': its weights, biases and activations."
+    if plain:
+        gain = f", and draw the weights with gain {gains.right:.3g}" if gains else ""
+        return f"Lead identity skips around every two or three layers{gain}."
+    return "Put normalisations into the branches, and keep the skips free of layers."
+
+
+def _listed(blocks: Sequence[BlockReading]) -> str:
+    return ", ".join(f"'{b.name}' ({b.ratio.value:.3g})" for b in blocks)
+
+
+# ---------------------------------------------------------------------- the scale of weights
+
+
+def _plain_layers(report: Checkup, chain: Chain) -> list[LayerReading]:
+    """Layers in blocks without a skip."""
+    plain = [block for block in chain.blocks if block.kind == "plain"]
+    return [layer for layer in report.layers if any(holds(b.name, layer.name) for b in plain)]
+
+
+def _gains(report: Checkup, chain: Chain) -> _Gains | None:
+    """Layers of plain blocks in front of an activation with a right gain, not normalised.
+
+    The first layer is left out where no gradient at its input is known, and so is the head.
+    """
+    unknown = {base(b.name) for b in chain.blocks if math.isnan(b.ratio.value)}
+    chosen, rights = [], []
+    for layer in _plain_layers(report, chain):
+        if layer.normalised or layer.role in ("head", "transition"):
+            continue
+        if any(holds(name, layer.name) for name in unknown):
+            continue
+        after = [other.depth for other in report.layers if other.depth > layer.depth]
+        uses = [
+            use
+            for use in report.activations
+            if layer.depth < use.depth < min(after, default=math.inf)
+        ]
+        right = limits.RIGHT_GAIN.get(uses[0].function) if uses else None
+        if right is not None:
+            chosen.append(layer)
+            rights.append(right)
+    return _Gains(tuple(chosen), tuple(rights)) if len(chosen) >= limits.FEWEST_LAYERS else None
+
+
+def _gain(report: Checkup, chain: Chain, gains: _Gains, beyond: float) -> Finding:
+    count = len(gains.layers)
+    mean, right = gains.mean, gains.right
+    # The gain at which the layers alone would bring the product to the limit.
+    limit = right * beyond ** (1 / count)
+    worst = sorted(
+        zip(gains.layers, gains.rights, strict=True),
+        key=lambda pair: -abs(log(pair[0].weight_gain / pair[1])),
+    )
+    names = tuple(layer.name for layer, _ in worst[:_SHOWN])
+    verb = "keeps only" if beyond < 1 else "is multiplied by"
+    index = report.layers.index(worst[0][0])
+    kaiming = abs(right - math.sqrt(2)) < 0.01
+    call = (
+        "torch.nn.init.kaiming_normal_(weight, nonlinearity='relu')"
+        if kaiming
+        else f"torch.nn.init.normal_(weight, std={right:.3g} / sqrt(fan_in))"
+    )
+    return Finding(
+        "weight-gain", "problem", _weight(chain.product, beyond), names,
+        f"The weights of {count} layers have gain {mean:.3g} (geometric mean of sqrt(fan_in) times "
+        f"their root mean square) where {right:.3g} keeps norms. The gradient {verb} "
+        f"{chain.product} of its norm on its way through the network, and the gain accounts for "
+        f"{min(gains.total / logs(chain.product).value, 1):.0%} of the logarithm.",
+        f"Draw them with gain {right:.3g}: {call}.",
+        Estimate(mean, mean, mean), limit, f"layers[{index}].weight_gain",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- activations
+
+
+def _activations(chain: Chain) -> Finding | None:
+    if math.isnan(chain.growth.value):
+        return None
+    limit = _fair(chain.growth, chain.blocks)
+    if limit is None:
+        return None
+    lost = limit < 1
+    grown = [
+        (log(b.act_out.value) - log(b.act_in.value), b) for b in chain.blocks if b.act_in.value > 0
+    ]
+    grown.sort(key=lambda pair: pair[0] if lost else -pair[0])
+    worst = [b for _, b in grown[:1]]
+    return Finding(
+        "activations-vanish" if lost else "activations-explode", "problem",
+        _weight(chain.growth, limit), tuple(b.name for b in worst),
+        f"The activations change their norm by {chain.growth} over {len(chain.blocks)} blocks, "
+        f"most in '{worst[0].name}' ({worst[0].growth:.3g}), while the gradient stays in range.",
+        f"Look into '{worst[0].name}': the scale of its weights and biases, and a normalisation "
+        f"that hides it from the gradient.",
+        chain.growth, limit, f"blocks[{worst[0].depth}].act_out",
+    )  # fmt: skip
+
+
+def _collapse(report: Checkup, chain: Chain) -> Finding | None:
+    """Plain nets whose gates no longer tell one sample from another."""
+    if chain.of_kind("identity") or report.setting.num_samples < limits.FEWEST_SAMPLES:
+        return None
+    uses = [(i, use) for i, use in enumerate(report.activations) if use.function == "relu"]
+    last = uses[-(len(uses) // 3) :] if len(uses) >= 3 * limits.FEWEST_LAYERS else []
+    closed = sum(use.flat_share for _, use in last)
+    if not closed:
+        return None
+    share = sum(use.dead_share for _, use in last) / closed
+    if not share > limits.COLLAPSED:
+        return None
+    number = Estimate(share, share, share)
+    return Finding(
+        "inputs-collapse", "problem", _weight(number, limits.COLLAPSED), (),
+        f"In the last {len(last)} ReLUs of this plain net {min(share, 1):.0%} of the closed gates "
+        f"are closed for all {report.setting.num_samples} samples: the layers there are nearly one "
+        f"linear map, and hardly tell samples apart.",
+        "Lead identity skips around every two or three layers, or put BatchNorm in front of the "
+        "activations.",
+        number, limits.COLLAPSED, f"activations[{last[-1][0]}].dead_share",
+    )  # fmt: skip
