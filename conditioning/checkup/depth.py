@@ -89,7 +89,7 @@ def chain_of(report: Checkup) -> Chain:
 
 
 def pooled(block: BlockReading) -> float:
-    """Over how many positions of an image a block without skip takes the mean at most, by its shapes.
+    """Over how many positions a block without skip takes the mean at most, by its shapes.
 
     A mean over ``k`` positions divides the norm of a gradient by ``sqrt(k)``, with nothing wrong.
     """
