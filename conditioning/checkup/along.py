@@ -111,7 +111,7 @@ def _unscaled(report: Checkup, chain: Chain) -> Finding | None:
 
 
 def _gradient(report: Checkup, chain: Chain, found: Sequence[Finding]) -> Finding | None:
-    limit = _fair(chain.product, chain.blocks)
+    limit = _fair(chain.product, chain.covered)
     if limit is None or not chain.known:
         return None
     lost = limit < 1
@@ -144,10 +144,10 @@ def _gradient(report: Checkup, chain: Chain, found: Sequence[Finding]) -> Findin
     return Finding(
         "gradient-vanishes" if lost else "gradient-explodes", "problem",
         _weight(chain.product, limit), tuple(b.name for b in shown) if one else (),
-        f"The gradient {verb} {chain.product} of its norm on its way through {len(chain.blocks)} "
+        f"The gradient {verb} {chain.product} of its norm on its way through {len(chain.covered)} "
         f"blocks; {limit:.2g} would be in the range of healthy nets of this depth. {spread}{scale}",
         _remedy(shown, one=one, plain=bool(plain) and not chain.of_kind("identity"), gains=gains),
-        chain.product, limit, "product",
+        chain.product, limit, chain.evidence,
     )  # fmt: skip
 
 
@@ -178,26 +178,31 @@ def _plain_layers(report: Checkup, chain: Chain) -> list[LayerReading]:
 def _gains(report: Checkup, chain: Chain) -> _Gains | None:
     """Layers of plain blocks in front of an activation with a right gain, not normalised.
 
-    The first layer is left out where no gradient at its input is known, and so is the head.
+    The layers of blocks that the product does not cover are left out, and so is the head.
     """
-    unknown = {base(b.name) for b in chain.blocks if math.isnan(b.ratio.value)}
+    unknown = {base(b.name) for b in chain.blocks if b not in chain.known}
     chosen, rights = [], []
     for layer in _plain_layers(report, chain):
         if layer.normalised or layer.role in ("head", "transition"):
             continue
         if any(holds(name, layer.name) for name in unknown):
             continue
-        after = [other.depth for other in report.layers if other.depth > layer.depth]
-        uses = [
-            use
-            for use in report.activations
-            if layer.depth < use.depth < min(after, default=math.inf)
-        ]
-        right = limits.RIGHT_GAIN.get(uses[0].function) if uses else None
+        right = limits.RIGHT_GAIN.get(layer.followed_by or _next_activation(report, layer))
         if right is not None:
             chosen.append(layer)
             rights.append(right)
     return _Gains(tuple(chosen), tuple(rights)) if len(chosen) >= limits.FEWEST_LAYERS else None
+
+
+def _next_activation(report: Checkup, layer: LayerReading) -> str:
+    """The activation that runs after a layer and before the next one, as behind a pooling."""
+    after = [other.depth for other in report.layers if other.depth > layer.depth]
+    between = [
+        use.function
+        for use in report.activations
+        if layer.depth < use.depth < min(after, default=math.inf)
+    ]
+    return between[0] if between else ""
 
 
 def _gain(report: Checkup, chain: Chain, gains: _Gains, beyond: float) -> Finding:
@@ -259,8 +264,10 @@ def _collapse(report: Checkup, chain: Chain) -> Finding | None:
     """Plain nets whose gates no longer tell one sample from another."""
     if chain.of_kind("identity") or report.setting.num_samples < limits.FEWEST_SAMPLES:
         return None
+    if len(_plain_layers(report, chain)) < limits.PLAIN_DEPTH:
+        return None
     uses = [(i, use) for i, use in enumerate(report.activations) if use.function == "relu"]
-    last = uses[-(len(uses) // 3) :] if len(uses) >= 3 * limits.FEWEST_LAYERS else []
+    last = uses[-(len(uses) // 3) :] if len(uses) >= 3 else []
     closed = sum(use.flat_share for _, use in last)
     if not closed:
         return None

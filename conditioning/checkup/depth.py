@@ -55,16 +55,31 @@ def holds(block: str, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Chain:
-    """The outermost blocks in order, those of recurrent layers left out."""
+    """The outermost blocks in order, those of recurrent layers left out.
+
+    Attributes
+    ----------
+    blocks : tuple of BlockReading
+    product : Estimate
+        Gradient norm in front of the first block over that behind the last.
+    growth : Estimate
+        Norm of the activations behind the last over that in front of the first.
+    covered : tuple of BlockReading
+        The blocks that the product goes over.
+    evidence : str
+        Where the product stands in the checkup.
+    """
 
     blocks: tuple[BlockReading, ...]
     product: Estimate
     growth: Estimate
+    covered: tuple[BlockReading, ...]
+    evidence: str
 
     @property
     def known(self) -> list[BlockReading]:
-        """Blocks with a ratio."""
-        return [block for block in self.blocks if not math.isnan(block.ratio.value)]
+        """Blocks with a ratio, of those that the product covers."""
+        return [block for block in self.covered if not math.isnan(block.ratio.value)]
 
     def of_kind(self, *kinds: str) -> list[BlockReading]:
         """Blocks of these kinds with a ratio."""
@@ -72,7 +87,11 @@ class Chain:
 
 
 def chain_of(report: Checkup) -> Chain:
-    """Take the blocks of a checkup that lie in no other, and the norms over all of them."""
+    """Take the blocks of a checkup that lie in no other, and the norms over all of them.
+
+    The gradient in front of a plain first block that holds the first layer is one by the data,
+    which moves no parameter: the product then begins behind that block.
+    """
     names = {base(block.name) for block in report.blocks}
     times = [entry.name for entry in report.recurrent]
 
@@ -81,11 +100,22 @@ def chain_of(report: Checkup) -> Chain:
 
     outer = tuple(block for block in report.blocks if not inside(base(block.name)))
     kept = tuple(b for b in outer if not any(holds(b.name, name) for name in times))
-    product = over(b.ratio for b in kept) if len(kept) < len(outer) else report.product
+    product, covered, evidence = report.product, kept, "product"
+    if len(kept) < len(outer):
+        product = over(b.ratio for b in kept)
+    elif kept and kept[0].kind == "plain" and _comes_first(kept[0], report.layers):
+        covered = kept[1:]
+        product = covered[0].product if covered else nan()
+        evidence = f"blocks[{report.blocks.index(covered[0])}].product" if covered else ""
     growth = nan()
     if kept and len(kept) == len(outer):
         growth = quotient(kept[-1].act_out, kept[0].act_in)
-    return Chain(kept, product, growth)
+    return Chain(kept, product, growth, covered, evidence)
+
+
+def _comes_first(block: BlockReading, layers: Sequence[LayerReading]) -> bool:
+    first = min(layers, key=lambda layer: layer.depth, default=None)
+    return first is not None and holds(block.name, first.name)
 
 
 def pooled(block: BlockReading) -> float:

@@ -47,10 +47,10 @@ SATURATED = 0.5
 DEAD = 0.5
 SIGMAS = 3.0
 
-#: Of the closed gates of a ReLU, those closed for every sample. Of independent samples it is
-#: ``2^(1 - samples)``; in plain ReLU nets the angle between samples falls as ``3 pi / l`` with the
-#: depth, and gates that tell samples apart with it. Three of four is a convention.
-COLLAPSED = 0.75
+#: Of the closed gates of a ReLU, those closed for every sample: most of them. Of independent
+#: samples it is ``2^(1 - samples)``; in plain ReLU nets the angle between samples falls as
+#: ``3 pi / l`` with the depth ``l``, and with it the share of gates that tell two samples apart.
+COLLAPSED = 0.5
 #: With fewer samples gates are the same for all by chance; with these it is ``2^-15``.
 FEWEST_SAMPLES = 16
 

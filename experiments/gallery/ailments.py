@@ -24,6 +24,7 @@ from experiments.gallery.networks import (
     convnet,
     mlp,
     set_gain_,
+    set_recurrent_,
 )
 from experiments.models.cifar_resnet import CifarResNet
 from experiments.models.residual_mlp import ResidualMLP
@@ -236,16 +237,6 @@ def _transition() -> Iterator[Case]:
         yield _pair("transition", variant, summary, kind, build, where=where)
 
 
-def _set_recurrent_(layer: nn.Module, gain: float) -> None:
-    """Orthogonal recurrent weights, gate by gate, times a gain; biases zero."""
-    for name, weight in layer.named_parameters():
-        if "weight_hh" in name:
-            for gate in weight.data.split(weight.shape[1]):
-                nn.init.orthogonal_(gate, gain)
-        elif "bias" in name:
-            nn.init.zeros_(weight)
-
-
 def _recurrent() -> Iterator[Case]:
     def on_sequences(build: Build, seed: int, steps: int) -> Patient:
         with seeded(seed):
@@ -255,17 +246,17 @@ def _recurrent() -> Iterator[Case]:
 
     def rnn(sick: bool, *, width: int, gain: float, right: float, act: str) -> nn.Module:
         layer = nn.RNN(8, width, batch_first=True, nonlinearity=act)
-        _set_recurrent_(layer, gain if sick else right)
+        set_recurrent_(layer, gain if sick else right)
         return Recurrent(layer, 8)
 
     def lstm(sick: bool) -> nn.Module:
         layer = nn.LSTM(8, 32, batch_first=True)
-        _set_recurrent_(layer, 8.0 if sick else 1.0)
+        set_recurrent_(layer, 8.0 if sick else 1.0)
         return Recurrent(layer, 8)
 
     def cell(sick: bool) -> nn.Module:
         layer = nn.RNNCell(8, 32)
-        _set_recurrent_(layer, 4.0 if sick else 1.0)
+        set_recurrent_(layer, 4.0 if sick else 1.0)
         return CellLoop(layer)
 
     tanh = partial(rnn, width=32, gain=3.5, right=1.0, act="tanh")

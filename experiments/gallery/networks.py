@@ -220,6 +220,16 @@ class Recurrent(nn.Module):
         return logits
 
 
+def set_recurrent_(layer: nn.Module, gain: float) -> None:
+    """Orthogonal recurrent weights, gate by gate, times a gain; biases zero."""
+    for name, weight in layer.named_parameters():
+        if "weight_hh" in name:
+            for gate in weight.data.split(weight.shape[1]):
+                nn.init.orthogonal_(gate, gain)
+        elif "bias" in name:
+            nn.init.zeros_(weight)
+
+
 class CellLoop(nn.Module):
     """The same with a cell in a loop over the steps."""
 
