@@ -128,7 +128,6 @@ def _gradient(report: Checkup, chain: Chain, found: Sequence[Finding]) -> Findin
     worst = carriers(chain.known, limits.MOST)
     one = len(worst) == 1 and len(chain.known) > 2
     shown = worst[:_SHOWN]
-    verb = "keeps only" if lost else "is multiplied by"
     spread = (
         f"Most of that happens in {_listed(shown)}."
         if one or len(worst) < max(len(chain.known) // 4, 2)
@@ -144,11 +143,21 @@ def _gradient(report: Checkup, chain: Chain, found: Sequence[Finding]) -> Findin
     return Finding(
         "gradient-vanishes" if lost else "gradient-explodes", "problem",
         _weight(chain.product, limit), tuple(b.name for b in shown) if one else (),
-        f"The gradient {verb} {chain.product} of its norm on its way through {len(chain.covered)} "
-        f"blocks; {limit:.2g} would be in the range of healthy nets of this depth. {spread}{scale}",
+        f"{_changed(chain)}; healthy nets of this depth stay {'above' if lost else 'below'} "
+        f"{limit:.2g}. {spread}{scale}",
         _remedy(shown, one=one, plain=bool(plain) and not chain.of_kind("identity"), gains=gains),
         chain.product, limit, chain.evidence,
     )  # fmt: skip
+
+
+def _changed(chain: Chain) -> str:
+    """The beginning of a sentence: what the blocks do to the gradient."""
+    way = f"on its way back through {len(chain.covered)} blocks"
+    if not chain.product.value:
+        return f"Nothing is left of the gradient {way}"
+    if chain.product.value < 1:
+        return f"The gradient keeps only {chain.product} of its norm {way}"
+    return f"The norm of the gradient is multiplied by {chain.product} {way}"
 
 
 def _remedy(worst: Sequence[BlockReading], *, one: bool, plain: bool, gains: _Gains | None) -> str:
@@ -215,7 +224,6 @@ def _gain(report: Checkup, chain: Chain, gains: _Gains, beyond: float) -> Findin
         key=lambda pair: -abs(log(pair[0].weight_gain / pair[1])),
     )
     names = tuple(layer.name for layer, _ in worst[:_SHOWN])
-    verb = "keeps only" if beyond < 1 else "is multiplied by"
     index = report.layers.index(worst[0][0])
     kaiming = abs(right - math.sqrt(2)) < 0.01
     call = (
@@ -226,9 +234,8 @@ def _gain(report: Checkup, chain: Chain, gains: _Gains, beyond: float) -> Findin
     return Finding(
         "weight-gain", "problem", _weight(chain.product, beyond), names,
         f"The weights of {count} layers have gain {mean:.3g} (geometric mean of sqrt(fan_in) times "
-        f"their root mean square) where {right:.3g} keeps norms. The gradient {verb} "
-        f"{chain.product} of its norm on its way through the network, and the gain accounts for "
-        f"{min(gains.total / logs(chain.product).value, 1):.0%} of the logarithm.",
+        f"their root mean square) where {right:.3g} keeps norms. {_changed(chain)}, and the gain "
+        f"accounts for {min(gains.total / logs(chain.product).value, 1):.0%} of the logarithm.",
         f"Draw them with gain {right:.3g}: {call}.",
         Estimate(mean, mean, mean), limit, f"layers[{index}].weight_gain",
     )  # fmt: skip

@@ -133,15 +133,15 @@ def _dead(report: Checkup) -> Iterator[Finding]:
     others = [use.name for _, use in found if use is not first]
     behind = ""
     if others:
-        behind = f" So are those of {_names(others)}, behind it."
+        behind = f" So are those of {_names(others)} behind it."
     limit = limits.dead_limit(first.num_units)
-    whole = "No gradient passes it. " if first.dead_share == 1 else ""
+    whole = " No gradient passes it." if first.dead_share == 1 else ""
     yield Finding(
         "dead-units", "problem", _weight(first.dead_share, limit),
         (first.name, *others),
         f"{first.dead_share:.0%} of the {first.num_units} units of '{first.name}' "
-        f"({first.function}) are flat for every sample; chance explains up to {limit:.0%}. "
-        f"{whole}{behind}".strip(),
+        f"({first.function}) are flat for every sample; chance explains up to {limit:.0%}."
+        f"{whole}{behind}",
         "Look at the bias in front of it and at the scale of its input (root mean square "
         f"{first.rms_in:.3g}): draw the layer anew with biases of zero, and lower the learning "
         "rate if it died in training. A LeakyReLU cannot die.",

@@ -66,7 +66,7 @@ CONDITION = 1e6
 #: keeps small signals (Glorot and Bengio, AISTATS 2010).
 RIGHT_GAIN = {
     "relu": math.sqrt(2), "relu6": math.sqrt(2), "leaky_relu": math.sqrt(2),
-    "gelu": 1.5335, "silu": 1.6769, "tanh": 1.0, "hardtanh": 1.0,
+    "gelu": 1.5335, "silu": 1.6765, "tanh": 1.0, "hardtanh": 1.0,
 }  # fmt: skip
 
 
