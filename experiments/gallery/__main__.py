@@ -22,7 +22,7 @@ from experiments.gallery.later import later_ailments, later_healthy
 from experiments.report import environment
 
 #: Products for each network, in place of seconds: results do not depend on how fast it goes.
-NUM_MATVECS = 200
+NUM_MATVECS = 50
 
 
 def cases_of(names: Sequence[str] = ()) -> list[Case]:
@@ -66,16 +66,20 @@ def show(judgements: Sequence[Judgement], stream: TextIO) -> None:
     """Print what is not right, and the counts."""
     for judgement in judgements:
         if not judgement.right:
-            wanted = f"{judgement.expected} {judgement.expected_where}".strip() or "nothing"
-            got = f"{judgement.found} {judgement.where}".strip() or "nothing"
-            print(
-                f"{judgement.outcome}: {judgement.case} ({judgement.state}; {judgement.summary}): "
-                f"expected {wanted}, found {got}",
-                file=stream,
-            )
+            print(line(judgement), file=stream)
     for group, outcomes in counted(judgements).items():
         said = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
         print(f"{group}: {said or 'none'}", file=stream)
+
+
+def line(judgement: Judgement) -> str:
+    """One network in one line."""
+    wanted = f"{judgement.expected} {judgement.expected_where}".strip() or "nothing"
+    got = f"{judgement.found} {judgement.where}".strip() or "nothing"
+    return (
+        f"{judgement.outcome}: {judgement.case} ({judgement.state}; {judgement.summary}): "
+        f"expected {wanted}, found {got}"
+    )
 
 
 def write(judgements: Sequence[Judgement], out: Path) -> None:
@@ -124,7 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     judgements: list[Judgement] = []
     for case in tqdm(cases, unit="case", disable=parsed.quiet or not sys.stderr.isatty()):
-        judgements += examine(case)
+        found = examine(case)
+        judgements += found
+        if not parsed.quiet:
+            for judgement in found:
+                tqdm.write(line(judgement), file=sys.stdout)
+                sys.stdout.flush()
     show(judgements, sys.stdout)
     if parsed.names:
         return 0  # the tables are of the whole gallery
