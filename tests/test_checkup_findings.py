@@ -44,6 +44,11 @@ def block(depth, ratio, *, kind="identity", name=None, product=NAN, act=(1.0, 1.
 def chain(ratios, *, kind="identity", product=None, **more):
     """Blocks with these ratios, and the checkup's product."""
     blocks = tuple(block(i, r, kind=kind, **more) for i, r in enumerate(ratios))
+    norm, linked = 1.0, []
+    for entry in reversed(blocks):
+        after, norm = norm, norm * float(entry.ratio)
+        linked.append(dataclasses.replace(entry, grad_in=exact(norm), grad_out=exact(after)))
+    blocks = tuple(reversed(linked))
     whole = exact(math.prod(float(b.ratio) for b in blocks)) if product is None else product
     return clean(blocks=blocks, product=whole)
 
@@ -190,7 +195,11 @@ def test_the_first_plain_block_is_left_out_with_the_data_in_front_of_it():
     blocks = tuple(dataclasses.replace(b, product=exact(1.0)) for b in report.blocks)
     layers = (layer(0, 1.4), layer(1, 1.4))
     assert kinds(dataclasses.replace(report, blocks=blocks, layers=layers)) == []
-    # The gradient behind it counts.
+    # The gradient behind it counts, also where it comes there by other ways than the next block.
+    around = (dataclasses.replace(blocks[0], grad_out=exact(1e-7)), *blocks[1:])
+    found = lead(dataclasses.replace(report, blocks=around, layers=layers))
+    assert (found.kind, found.evidence) == ("gradient-vanishes", "blocks[0].grad_out")
+    assert found.number.value == pytest.approx(1e-7)
     lost = tuple(dataclasses.replace(b, product=exact(1e-6)) for b in report.blocks)
     report = dataclasses.replace(report, blocks=lost, layers=layers)
     assert lead(report).evidence == "blocks[1].product"

@@ -13,6 +13,8 @@ from conditioning.spectrum import Estimate
 
 #: Stands for zero in logarithms: below any positive float64.
 _TINY = 1e-320
+#: Norms this near to each other, relative to them, are those of one tensor.
+_SAME = 1e-2
 _RUN = re.compile(r"(?:(?P<parent>.*)\.)?(?P<first>\w+)-(?P<last>\w+)$")
 
 
@@ -105,12 +107,25 @@ def chain_of(report: Checkup) -> Chain:
         product = over(b.ratio for b in kept)
     elif kept and kept[0].kind == "plain" and _comes_first(kept[0], report.layers):
         covered = kept[1:]
-        product = covered[0].product if covered else nan()
-        evidence = f"blocks[{report.blocks.index(covered[0])}].product" if covered else ""
+        product, evidence = _behind(report, kept[0], covered)
     growth = nan()
     if kept and len(kept) == len(outer):
         growth = quotient(kept[-1].act_out, kept[0].act_in)
     return Chain(kept, product, growth, covered, evidence)
+
+
+def _behind(
+    report: Checkup, first: BlockReading, covered: Sequence[BlockReading]
+) -> tuple[Estimate, str]:
+    """Gradient norm behind the first block over that behind the last, and where it stands."""
+    if not covered:
+        return nan(), ""
+    after = covered[0]
+    if math.isclose(first.grad_out.value, after.grad_in.value, rel_tol=_SAME):
+        return after.product, f"blocks[{report.blocks.index(after)}].product"
+    # Other ways than through the next block lead there, as in a U-Net.
+    evidence = f"blocks[{report.blocks.index(first)}].grad_out"
+    return quotient(first.grad_out, covered[-1].grad_out), evidence
 
 
 def _comes_first(block: BlockReading, layers: Sequence[LayerReading]) -> bool:

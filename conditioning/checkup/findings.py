@@ -268,18 +268,17 @@ def _learning_rate(report: Checkup) -> Iterator[Finding]:
 
 
 def _ill_conditioned(report: Checkup) -> Iterator[Finding]:
-    for name in ("hessian", "gauss_newton"):
-        spectrum = getattr(report, name)
-        if spectrum is None or not spectrum.condition10.low > limits.CONDITION:
-            continue
-        number = spectrum.condition10.estimate
-        yield Finding(
-            "ill-conditioned", "remark", _weight(number.low, limits.CONDITION), (),
-            f"kappa_10 of the {spectrum.matrix} matrix is at least {number.low:.3g}: along a tenth "
-            f"of the directions gradient descent at its largest stable step needs some "
-            f"{number.low / 2:.2g} steps to reduce an error by 1/e.",
-            "Normalise inputs and activations, or use a method that rescales directions (Adam, "
-            "K-FAC, Shampoo).",
-            number, limits.CONDITION, f"{name}.condition10",
-        )  # fmt: skip
+    # The Gauss-Newton matrix has no say: it is zero wherever parameters outnumber the outputs.
+    spectrum = report.hessian
+    if spectrum is None or not spectrum.condition10.low > limits.CONDITION:
         return
+    number = spectrum.condition10.estimate
+    yield Finding(
+        "ill-conditioned", "remark", _weight(number.low, limits.CONDITION), (),
+        f"kappa_10 of the Hessian is at least {number.low:.3g}: along a tenth of the directions "
+        f"gradient descent at its largest stable step needs some {number.low / 2:.2g} steps to "
+        f"reduce an error by 1/e.",
+        "Normalise inputs and activations, or use a method that rescales directions (Adam, K-FAC, "
+        "Shampoo).",
+        number, limits.CONDITION, "hessian.condition10",
+    )  # fmt: skip
