@@ -404,6 +404,7 @@ def test_recurrent_layers():
         (1 / bound / 1.01, "RNN", [("recurrent-vanishes", "problem")]),
         (1 / bound / 1.01, "GRU", [("recurrent-vanishes", "remark")]),
         (1 / bound * 1.01, "RNN", []),
+        (Estimate(0.5, 0.4, 1 / bound * 1.01), "RNN", []),
         (math.nan, "RNN", []),
     ):
         report = clean(recurrent=(recurrent(growth, classes=classes),))
@@ -437,7 +438,7 @@ def test_ill_conditioning_is_a_remark():
     hessian = report.hessian
 
     def conditioned(low):
-        number = dataclasses.replace(hessian.condition10, value=low, low=low, high=math.inf)
+        number = dataclasses.replace(hessian.condition10, value=1e9, low=low, high=math.inf)
         return clean(hessian=dataclasses.replace(hessian, condition10=number))
 
     assert kinds(conditioned(0.9e6)) == []
