@@ -28,7 +28,8 @@ _CLOSED = ("exact", "exhausted", "certified")
 
 def count(number: int, noun: str) -> str:
     """``1 block``, ``2 blocks``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    ending = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{ending}"
 
 
 def wrapped(line: str, indent: str = "", first: str | None = None) -> str:
@@ -125,7 +126,7 @@ def _range_of(values: Iterable[float]) -> str:
     return span(min(known), max(known)) if known else ""
 
 
-def _cut(name: str, width: int = _NAME) -> str:
+def cut(name: str, width: int = _NAME) -> str:
     """A name by its end, which tells blocks apart."""
     return name if len(name) <= width else f"…{name[len(name) - width + 1 :]}"
 
@@ -156,7 +157,7 @@ def block_table(report: Checkup) -> str:
         if jacobian is not None:
             sigma = _sigma(jacobian.smallest, jacobian.largest, jacobian.status)
         return [
-            str(place), _cut(label(block.name)), block.kind, short(block.growth),
+            str(place), cut(label(block.name)), block.kind, short(block.growth),
             ranged(block.ratio), short(block.product.value), short(block.branch_share), sigma,
         ]  # fmt: skip
 
@@ -196,7 +197,7 @@ def layer_table(report: Checkup) -> str:
 
     def row(_: int, layer: LayerReading) -> list[str]:
         return [
-            _cut(label(layer.name)), layer.classes, layer.role, str(layer.fan_in),
+            cut(label(layer.name)), layer.classes, layer.role, str(layer.fan_in),
             short(layer.weight_gain), "yes" if layer.normalised else "no",
             _sigma(layer.smallest, layer.largest, layer.status), short(layer.target),
         ]  # fmt: skip
@@ -230,7 +231,7 @@ def activation_table(report: Checkup) -> str:
 
     def row(_: int, use: ActivationReading) -> list[str]:
         return [
-            _cut(label(use.name)), use.function, short(use.rms_in), _percent(use.flat_share),
+            cut(label(use.name)), use.function, short(use.rms_in), _percent(use.flat_share),
             _percent(use.dead_share), str(use.num_units),
         ]  # fmt: skip
 
@@ -260,7 +261,7 @@ def recurrent_table(report: Checkup) -> str:
         return ""
     rows = [
         [
-            _cut(label(layer.name)), layer.classes, str(layer.num_steps),
+            cut(label(layer.name)), layer.classes, str(layer.num_steps),
             short(layer.gradient_first.value), short(layer.gradient_last.value),
             ranged(layer.growth_per_step), short(layer.recurrent_norm),
         ]

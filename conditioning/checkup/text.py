@@ -68,7 +68,7 @@ def _head(report: Checkup) -> str:
         verdict(report),
         wrapped(
             f"{seen.loss} on {count(seen.num_samples, 'sample')} in "
-            f"{count(seen.num_batches, 'batch').replace('batchs', 'batches')}; "
+            f"{count(seen.num_batches, 'batch')}; "
             f"{seen.num_parameters} parameters, {few}{seen.dtype} on {seen.device}; "
             f"mode: {seen.mode}; seed {seen.seed}"
         ),
