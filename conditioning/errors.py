@@ -127,6 +127,30 @@ class RankMismatchError(ConditioningError, RuntimeError):
     """The ranks of a distributed run did not record the same things in a step."""
 
 
+class ObjectNotFoundError(ConditioningError, ImportError):
+    """The command line was given a module, a file or a name that cannot be imported."""
+
+
+class FactoryError(ConditioningError, TypeError):
+    """A factory needs arguments, failed, or returned something else than a model or data."""
+
+
+class CheckpointError(ConditioningError, ValueError):
+    """A checkpoint cannot be read, needs code to be read, or does not fit the model."""
+
+
+class ExaminationError(ConditioningError, RuntimeError):
+    """The model or its loss raised an error of its own while it was examined."""
+
+
+class DataFileError(ConditioningError, ValueError):
+    """A data file cannot be read, or does not hold inputs and targets."""
+
+
+class OutputPathError(ConditioningError, OSError):
+    """A file that is to be written cannot be."""
+
+
 class ConditioningWarning(UserWarning):
     """Base class of every warning that this package issues on purpose."""
 

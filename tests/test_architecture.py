@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 # From left to right: a module may import those before it. Modules of one entry are a package.
 ORDER = (
     "errors", "memory", "jacobi", "distributed", "operators", "krylov", "spectrum", "blocks",
-    "norms", "singular", "procrustes", "theory", "plots", "checkup", "__main__",
+    "norms", "singular", "procrustes", "theory", "plots", "checkup", "cli",
+    "__main__",
 )  # fmt: skip
 FILES = sorted((ROOT / "conditioning").rglob("*.py"))
 

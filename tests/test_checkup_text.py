@@ -100,7 +100,7 @@ def test_what_was_not_measured_is_left_out():
     for word in ("Hessian", "kappa", "stable", "recurrent", "Theory", "activation", "layers",
                  "blocks", "Not measured", "product of ratios"):  # fmt: skip
         assert word not in shown.split("\n\n", 2)[2], word
-    assert "Took 0 s" in shown
+    assert "Took 0.0 s" in shown
 
 
 def test_numbers_of_a_spectrum_that_are_not_known_are_left_out():

@@ -51,16 +51,13 @@ def _head(comparison: Comparison) -> str:
 def _differences(comparison: Comparison) -> str:
     if not comparison.differences:
         return ""
-    rows = [(f"  {d.name}", d.before, d.after) for d in comparison.differences]
-    if all(len(d.before) + len(d.after) < 60 for d in comparison.differences):
-        return table(("Settings that differ", "before", "after"), rows)
-    lines = ["Settings that differ"]
-    for name, before, after in rows:
-        lines += [
-            name,
-            wrapped(before, " " * 12, "    before: "),
-            wrapped(after, " " * 12, "    after:  "),
-        ]
+    short_ones = [d for d in comparison.differences if len(d.before) + len(d.after) < 60]
+    rows = [(f"  {d.name}", d.before, d.after) for d in short_ones]
+    lines = [table(("Settings that differ", "before", "after"), rows)]
+    for one in comparison.differences:
+        if one not in short_ones:
+            lines.append(wrapped(one.before, " " * 6, f"  {one.name} before: "))
+            lines.append(wrapped(one.after, " " * 6, f"  {one.name} after: "))
     return "\n".join(lines)
 
 

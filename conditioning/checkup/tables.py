@@ -199,7 +199,8 @@ def layer_table(report: Checkup) -> str:
         return [
             cut(label(layer.name)), layer.classes, layer.role, str(layer.fan_in),
             short(layer.weight_gain), "yes" if layer.normalised else "no",
-            _sigma(layer.smallest, layer.largest, layer.status), short(layer.target),
+            _sigma(layer.smallest, layer.largest, layer.status),
+            "" if layer.largest is None else short(layer.target),
         ]  # fmt: skip
 
     def gap(left: Sequence[LayerReading]) -> list[str]:

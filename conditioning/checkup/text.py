@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from conditioning.checkup.results import Checkup
 
+_TOTAL = "total"  # among the seconds by stage
 _NORMS = ("act_in", "act_out", "grad_in", "grad_out", "ratio", "product")
 _JACOBIAN = {
     "sigma_max": "largest", "sigma_min": "smallest", "delta": "delta", "branch": "branch",
@@ -130,7 +131,8 @@ def _numbers(report: Checkup) -> str:
             ("density", spectrum.density.message),
             ("spectrum", spectrum.message),
         ):
-            if message:
+            # What is not certified is listed at the end, with the same words.
+            if message and not any(message in one.reason for one in report.missing):
                 notes.setdefault(message, []).append(f"{spectrum.matrix} {name}")
     step = report.step_size
     if step is not None:
@@ -195,12 +197,14 @@ def _missing(report: Checkup) -> str:
 
 
 def _spent(report: Checkup) -> str:
-    stages = ", ".join(f"{name} {_time(spent)}" for name, spent in report.seconds.items())
+    stages = ", ".join(
+        f"{name} {_time(spent)}" for name, spent in report.seconds.items() if name != _TOTAL
+    )
     budget = report.setting.seconds
     given = "" if budget is None else f" of {budget:g}{JOINED}s"
     most = report.setting.num_matvecs
     products = f"{report.num_matvecs} products" + ("" if most is None else f" of {most}")
-    took = _time(sum(report.seconds.values()))
+    took = _time(_elapsed(report))
     rest = f" ({stages})" if stages else ""
     return wrapped(
         f"Took {took}{given} and {products}{rest}. conditioning {report.setting.conditioning}, "
@@ -208,8 +212,13 @@ def _spent(report: Checkup) -> str:
     )  # fmt: skip
 
 
+def _elapsed(report: Checkup) -> float:
+    """All seconds; stages may leave some of them to none."""
+    return report.seconds.get(_TOTAL, sum(report.seconds.values()))
+
+
 def _time(seconds: float) -> str:
-    return f"{seconds:.2g}{JOINED}s" if seconds < 10 else f"{seconds:.0f}{JOINED}s"
+    return f"{seconds:.1f}{JOINED}s" if seconds < 10 else f"{seconds:.0f}{JOINED}s"
 
 
 def scalars(report: Checkup, prefix: str = "checkup/") -> dict[str, float]:
@@ -227,7 +236,7 @@ def scalars(report: Checkup, prefix: str = "checkup/") -> dict[str, float]:
         "num_findings": len(report.findings),
         "num_missing": len(report.missing),
         "num_matvecs": report.num_matvecs,
-        "seconds": sum(report.seconds.values()),
+        "seconds": _elapsed(report),
     }
     if report.blocks:
         ratios = [b.ratio.value for b in report.blocks if not math.isnan(b.ratio.value)]
