@@ -26,7 +26,7 @@ def deep(number=110, lost=(37, 71)):
     layers = tuple(
         LayerReading(
             f"{LONG}.{d}.linear", "Linear", "layer", d, 64, 3.0 if d in (60, 80) else 1.0,
-            d == 80, None, None, "", None, "",
+            "normalisation" if d == 80 else "", None, None, "", None, "",
         )
         for d in range(number)
     )  # fmt: skip

@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from conditioning.blocks.block import table
-from conditioning.checkup.tables import cut, label, ranged, short, wrapped
+from conditioning.checkup.tables import JOINED, cut, label, ranged, short, wrapped
 from conditioning.operators.modules import join_names
 from conditioning.spectrum import Estimate
 
@@ -68,7 +68,7 @@ def _findings(comparison: Comparison) -> str:
     for change in comparison.findings:
         one = change.either
         where = f" at {join_names([label(name) for name in one.where])}" if one.where else ""
-        values = [_value(f.number) for f in (change.before, change.after) if f]
+        values = [_value(f.number).replace(" ", JOINED) for f in (change.before, change.after) if f]
         line = f"{change.outcome}: {one.severity} {one.kind}{where}: {' -> '.join(values)}"
         lines.append(wrapped(f"{line}, limit {one.limit:.4g}", "      ", "  "))
     return "\n".join(lines)
@@ -93,8 +93,8 @@ def _moved(comparison: Comparison) -> str:
         return "Of blocks, layers and activations no number moved beyond its error."
     rows = [
         (
-            f"  {part} {cut(label(where))}", most.quantity, _value(most.before),
-            _value(most.after), _factor(most), f"+ {len(others)} more" if others else "",
+            f"  {part} {cut(label(where))}", most.quantity, short(most.before.value),
+            short(most.after.value), _factor(most), f"+ {len(others)} more" if others else "",
         )
         for (part, where), (most, *others) in list(groups.items())[:_SHOWN]
     ]  # fmt: skip

@@ -190,15 +190,18 @@ def layer_table(report: Checkup) -> str:
         return ""
 
     def badness(layer: LayerReading) -> float:
-        # A normalisation behind a layer makes up for the scale of its weights.
-        return 0.0 if layer.normalised else _logarithm(layer.weight_gain)
+        # A normalisation behind a layer makes up for the scale of its weights, a ReLU needs more.
+        if layer.normalised:
+            return 0.0
+        keeps = math.sqrt(2) if layer.followed_by == "relu" else 1.0
+        return _logarithm(layer.weight_gain / keeps)
 
     chosen = _chosen(layers, lambda x: x.name in named or x.role == "transition", badness)
 
     def row(_: int, layer: LayerReading) -> list[str]:
         return [
             cut(label(layer.name)), layer.classes, layer.role, str(layer.fan_in),
-            short(layer.weight_gain), "yes" if layer.normalised else "no",
+            short(layer.weight_gain), layer.followed_by,
             _sigma(layer.smallest, layer.largest, layer.status),
             "" if layer.largest is None else short(layer.target),
         ]  # fmt: skip
@@ -207,10 +210,10 @@ def layer_table(report: Checkup) -> str:
         gains = _range_of(layer.weight_gain for layer in left)
         return [f"... ({len(left)} more)", "", "", "", gains, "", "", ""]
 
-    head = ("layer", "class", "role", "fan_in", "gain", "normed", "sigma", "target")
+    head = ("layer", "class", "role", "fan_in", "gain", "then", "sigma", "target")
     legend = (
-        "gain: sqrt(fan_in) std(weight), 1 keeps the variance, sqrt(2) in front of a ReLU. normed: "
-        "a normalisation follows."
+        "gain: sqrt(fan_in) rms(weight); 1 keeps the size of a signal, sqrt(2) does so through a "
+        "ReLU. then: what follows."
     )
     if any(layer.largest is not None for layer in layers):
         legend += (
