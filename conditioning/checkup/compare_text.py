@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from conditioning.checkup.compare import Change, Comparison
 
 _SHOWN = 24
-_MOVEMENTS = {"moved": "moved", "within its error": "within error", "not comparable": "?"}
+_MOVEMENTS = {"moved": "yes", "within its error": "no", "not comparable": "?"}
 
 
 def comparison_text(comparison: Comparison) -> str:
@@ -80,7 +80,7 @@ def _network(comparison: Comparison) -> str:
         for c in comparison.changes
         if c.part == "network"
     ]
-    return table(("The network", "before", "after", "factor", ""), rows)
+    return table(("The network", "before", "after", "factor", "moved"), rows)
 
 
 def _moved(comparison: Comparison) -> str:
