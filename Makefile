@@ -59,6 +59,7 @@ wheel: $(VENV)/.installed-lint  ## Build, check, install and import the wheel
 	$(VENV)-wheel/bin/python $(PIP_INSTALL) $(DIST)/*.whl
 	cd $(VENV)-wheel && bin/python -c "import conditioning, experiments; print('imported', conditioning.__version__)"
 	cd $(VENV)-wheel && bin/python -m experiments
+	cd $(VENV)-wheel && bin/conditioning --version
 	rm -rf $(VENV)-wheel
 
 clean:  ## Remove the environment, builds and caches

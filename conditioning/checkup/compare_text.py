@@ -44,7 +44,8 @@ def _head(comparison: Comparison) -> str:
     found = [f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes)]
     return (
         f"{comparison.model}, before and after: {comparison.counts()}\n"
-        f"findings: {', '.join(found) or 'none in either'}"
+        f"findings: {', '.join(found) or 'none in either'}\n"
+        "(a number has moved if its two enclosures have nothing in common)"
     )
 
 

@@ -54,16 +54,13 @@ def run_checkup(options: argparse.Namespace, examine: Examine | None = None) -> 
         raise InvalidArgumentError(msg)
     device = _device(options.device)
     stream = sys.stderr if outputs.on_stdout else sys.stdout
-    with _plain_warnings():
-        # Weights that the factory draws, and the order of a loader that shuffles.
-        torch.manual_seed(options.seed)
-        # What a factory prints must not end up among the JSON.
-        with contextlib.redirect_stdout(stream):
-            built = build(options.factory)
-            notes = _prepare(built.model, options, device)
-            loss_fn, given = _loss_and_data(built, options)
-            given = fitted(given, built.model)
-            report = _examined(examine or checkup, built.model, loss_fn, given, options)
+    # What a factory or a model prints must not end up among the JSON.
+    with _plain_warnings(), contextlib.redirect_stdout(stream):
+        built = build(options.factory, options.seed)
+        notes = _prepare(built.model, options, device)
+        loss_fn, given = _loss_and_data(built, options)
+        given = fitted(given, built.model)
+        report = _examined(examine or checkup, built.model, loss_fn, given, options)
     kept = (*given.notes, *notes, *report.setting.notes)
     report = replace(report, setting=replace(report.setting, notes=kept))
     # What is on paper first: a reader of the text may close the pipe.

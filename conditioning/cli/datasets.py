@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -233,7 +232,7 @@ def _array(arrays: Mapping[str, Any], names: tuple[str, ...], path: Path) -> Any
 def _read_pt(path: Path) -> Any:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # torch raises anything at all on what it did not write
         msg = (
             f"{str(path)!r} cannot be read without running code from it, or is no file of "
             f"torch.save. Save plain tensors: torch.save((inputs, targets), FILE)."

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from conditioning.errors import FactoryError, ObjectNotFoundError
@@ -141,8 +142,10 @@ def _needed(factory: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
 
 
-def build(name: str) -> Built:
+def build(name: str, seed: int) -> Built:
     """The model that a name stands for, with its loss and data where the factory returns them.
+
+    The seed fixes the weights that are drawn, by the factory or when its module is imported.
 
     Raises
     ------
@@ -150,8 +153,10 @@ def build(name: str) -> Built:
         If there is nothing of that name, or it makes no model.
     """
     wanted = "an nn.Module, or (model, loss_fn, data)"
+    torch.manual_seed(seed)
     made = find_object(name)
     if not isinstance(made, (nn.Module, tuple)):
+        torch.manual_seed(seed)  # whatever the import drew
         if not callable(made):
             msg = f"{name} is a {type(made).__name__}; expected {wanted}, or a function for it."
             raise FactoryError(msg)
