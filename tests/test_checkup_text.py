@@ -116,6 +116,9 @@ def test_nan_is_said():
     )  # fmt: skip
     shown = str(report)
     assert "NaN or infinity: the output of 'layer1.4' has 3 NaN" in shown
+    assert "NaN or an infinity came up, 2 problems" in shown.splitlines()[0]
+    quiet = dataclasses.replace(report, findings=())
+    assert "no problem" not in verdict(quiet)
     assert section(report, "Numbers")[1].split()[:2] == ["loss", "nan"]
     assert section(report, "2 blocks")[2].split()[3:5] == ["nan", "nan"]
 

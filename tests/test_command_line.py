@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -190,6 +191,7 @@ def test_files_are_written_and_named(seen, capsys, monkeypatch):
         (made(findings=False), [], 0),
         (made(), [], 1),
         (made(), ["--exit-zero"], 0),
+        (dataclasses.replace(made(findings=False), nonfinite="in the loss"), [], 1),
         (made(status="out of budget", findings=False), [], 0),
         (made(status="interrupted"), [], 130),
         (made(status="interrupted"), ["--exit-zero"], 130),

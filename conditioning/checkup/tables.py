@@ -173,9 +173,13 @@ def block_table(report: Checkup) -> str:
     legend = (
         "growth: norm of the activations, back over front. ratio: norm of the gradient, front over "
         "back. product: gradient in front of the block over that behind the last. branch: norm of "
-        "the branch over that of the skip. sigma: singular values of the Jacobian, smallest .. "
-        "largest, with a question mark where they are not enclosed."
+        "the branch over that of the skip."
     )
+    if any(block.jacobian is not None for block in blocks):
+        legend += (
+            " sigma: singular values of the Jacobian, smallest .. largest, with a question mark "
+            "where they are not enclosed."
+        )
     return "\n".join([
         wrapped(f"{_title('block', len(blocks), len(chosen))}: {classes}", "  ", ""),
         table(head, _rows(blocks, chosen, row, gap)),

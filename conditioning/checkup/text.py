@@ -54,7 +54,11 @@ def verdict(report: Checkup) -> str:
     """One line: how many problems and remarks, and whether everything was looked at."""
     problems = len(report.problems)
     remarks = len(report.findings) - problems
-    found = [count(problems, "problem")] if problems else ["no problem in what was measured"]
+    found = ["NaN or an infinity came up"] if report.nonfinite else []
+    if problems:
+        found.append(count(problems, "problem"))
+    elif not report.nonfinite:
+        found.append("no problem in what was measured")
     found += [count(remarks, "remark")] if remarks else []
     found += [f"{len(report.missing)} not measured or not certified"] if report.missing else []
     ended = "" if report.status == "complete" else f" ({report.status})"

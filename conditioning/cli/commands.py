@@ -72,7 +72,8 @@ def run_checkup(options: argparse.Namespace, examine: Examine | None = None) -> 
         print(f"\nwritten: {', '.join(map(str, written))}", file=stream, flush=True)
     if report.status == "interrupted":
         return EXIT_INTERRUPTED
-    return EXIT_PROBLEMS if report.problems and not options.exit_zero else EXIT_OK
+    found = report.problems or report.nonfinite
+    return EXIT_PROBLEMS if found and not options.exit_zero else EXIT_OK
 
 
 def _examined(
