@@ -51,18 +51,20 @@ def _drawn(
     description: str,
     caption: str,
     *parts: Callable[[Axes], Any],
-    height: float = 4.3,
+    height: float = 3.7,
     columns: int = 2,
+    names: Sequence[str] = (),
 ) -> Drawing:
     """Axes under each other with one legend, in the width that fits a phone and half a screen."""
+    height += plots.room_for(names)
     with plots.page_style():
-        figure, rows = plots.new_grid(len(parts), 1, width=6.6, height=height / len(parts))
+        figure, rows = plots.new_grid(len(parts), 1, width=5.8, height=height / len(parts))
         for (ax,), part in zip(rows, parts, strict=True):
             part(ax)
         for (ax,) in rows[:-1]:
             ax.tick_params(labelbottom=False)
             ax.set_xlabel("")
-        rows[0][0].set_title(title)
+        rows[0][0].set_title(title, pad=12)
         plots.legend_below(rows[0][0], columns)
         return Drawing(name, plots.to_svg(figure, name, title, description), caption)
 
@@ -71,9 +73,7 @@ def _norms(blocks: Sequence[BlockReading]) -> Drawing:
     names = [block.name for block in blocks]
 
     def gradient(ax: Axes) -> None:
-        plots.plot_norms(
-            [b.grad_in for b in blocks], [b.grad_out for b in blocks], ax, names=names
-        )
+        plots.plot_norms([b.grad_in for b in blocks], [b.grad_out for b in blocks], ax, names=names)
         ax.set_ylabel("gradient norm")
 
     def activations(ax: Axes) -> None:
@@ -91,7 +91,7 @@ def _norms(blocks: Sequence[BlockReading]) -> Drawing:
         f"The activation norm is {first.act_in.value:.3g} and {last.act_out.value:.3g} there.",
         "Each block takes one unit of the axis, from its input on the left to its output. A step "
         "between two blocks is what runs between them. Flat is ideal.",
-        gradient, activations, height=4.6,
+        gradient, activations, height=4.1, names=names,
     )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def _ratios(report: Checkup) -> Drawing:
             " The band is what theory says of identity blocks."
             if band is not None and band[0] < band[1] else ""
         ),
-        part, height=4.6,
+        part, names=[b.name for b in blocks],
     )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def _ranges(layers: Sequence[LayerReading]) -> Drawing:
         f"A bar for each of {len(layers)} layers from its smallest to its largest singular value; "
         f"the largest are {_span(s.value for s in largest)}.",
         "Random gradients keep their norm where all singular values are at the target.",
-        part, columns=1,
+        part, columns=1, names=[layer.name for layer in layers],
     )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def _gains(layers: Sequence[LayerReading]) -> Drawing:
         "lines at 1 and at the square root of 2.",
         "1 keeps the variance through a linear layer, √2 through one in front of a ReLU. Behind "
         "a hollow point a normalisation follows, which undoes the scale.",
-        part,
+        part, names=[layer.name for layer in layers],
     )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def _density(spectra: Sequence[SpectrumReading]) -> Drawing:
         f"{s.matrix} from {s.smallest.value:.3g} to {s.largest.value:.3g}" for s in spectra
     )
     return _drawn(
-        "density", "Spectrum of the loss",
+        "density", "Density of the eigenvalues",
         f"Densities of eigenvalues on logarithmic axes. {ends}.",
         "Logarithmic in both directions, evenly spaced around zero. Left of zero the loss curves "
         "downwards. A hump apart from the bulk is an outlier; it sets the largest stable step.",

@@ -44,11 +44,17 @@ _COMPLETENESS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """One sentence for the head of the page, and its tone: ``problem``, ``remark`` or ``fine``."""
+    """One sentence for the head of the page in two parts, of which the first says it all.
+
+    Attributes
+    ----------
+    tone : {"problem", "remark", "fine"}
+    headline, rest : str
+    """
 
     tone: str
     headline: str
-    sentence: str
+    rest: str
 
 
 def page(report: Checkup) -> str:
@@ -102,30 +108,24 @@ def verdict(report: Checkup) -> Verdict:
     """What the findings come to; without problems, what was measured and what was not."""
     problems = report.problems
     remarks = len(report.findings) - len(problems)
-    aside = f"{_count(remarks, 'remark')} besides. " if remarks else ""
-    if report.nonfinite:
-        first = f"NaN or an infinity came up first in {report.nonfinite}."
-        found = _count(len(problems), "problem") if problems else "Not finite"
-        return Verdict("problem", f"{found}{' found' * bool(problems)}", f"{first} {aside}".strip())
+    aside = f"; {_count(remarks, 'remark')} besides" if remarks else ""
+    headline = f"{_count(len(problems), 'problem')} found"
+    first = report.nonfinite or ("" if math.isfinite(report.loss.value) else "the loss")
+    if first:
+        named = f"NaN or an infinity came up first in {first}{aside}."
+        known = (headline, f": {named}") if problems else ("Not finite", f": {named}")
+        return Verdict("problem", *known)
     if problems:
-        where = f"The weightiest is in {problems[0].where[0]}. " if problems[0].where else ""
-        headline = f"{_count(len(problems), 'problem')} found"
-        return Verdict("problem", headline, f"{where}{aside}".strip())
-    measured = _measured(report)
+        where = f", the weightiest in {problems[0].where[0]}" if problems[0].where else ""
+        return Verdict("problem", headline, f"{where}{aside}.")
+    absent = ", ".join(entry.what for entry in report.missing)
+    absent = f"; not measured or not certified: {absent}" if absent else ""
+    measured = ", ".join(_measured(report))
     if not measured:
-        said = "Nothing was measured, so nothing can be said. "
-        return Verdict("remark", "Nothing measured", said + _absent(report))
-    said = f"Measured: {', '.join(measured)}. {_absent(report)} {aside}"
-    whole = report.status == "complete" and not report.missing
-    tone = "fine" if whole and not remarks else "remark"
-    headline = "No problem found" if whole else "No problem found in what was measured"
-    return Verdict(tone, headline, " ".join(said.split()))
-
-
-def _absent(report: Checkup) -> str:
-    if not report.missing:
-        return ""
-    return f"Not measured or not certified: {', '.join(m.what for m in report.missing)}."
+        return Verdict("remark", "Next to nothing was measured", f"{absent}{aside}.")
+    tone = "fine" if report.status == "complete" and not remarks else "remark"
+    rest = f": {measured}{absent}{aside}."
+    return Verdict(tone, "No problem found in what was measured", rest)
 
 
 def _measured(report: Checkup) -> list[str]:
@@ -150,11 +150,11 @@ def _count(number: int, what: str) -> str:
 def _reason(report: Checkup, *words: str) -> str:
     """Why there is nothing to show, by what the checkup says of what it lacks."""
     found = [
-        f"{entry.what}: {entry.reason}"
+        entry.reason
         for entry in report.missing
         if any(word.lower() in entry.what.lower() for word in words)
     ]
-    return "; ".join(found)
+    return "; ".join(dict.fromkeys(found))
 
 
 def _statuses(report: Checkup) -> set[str]:
@@ -212,9 +212,7 @@ def _condition(number: ConditionNumber, path: str) -> Markup:
     return _marked(path, number.value, number.low, number.high, *shown)
 
 
-def _marked(
-    path: str, value: float, low: float, high: float, text: str, enclosure: str
-) -> Markup:
+def _marked(path: str, value: float, low: float, high: float, text: str, enclosure: str) -> Markup:
     form = (
         '<span class="n" data-path="{}" data-value="{!r}" data-low="{!r}" data-high="{!r}">{}{}'
         "</span>"
@@ -236,23 +234,26 @@ def _proper(text: str) -> str:
     return re.sub(r"(?<![\w.])-(?=\d|inf)", "\u2212", text).replace("inf", "∞")
 
 
-def _single(value: float | None, path: str, form: str = ".4g") -> Markup:
+def _single(value: float | None, path: str, form: str = "#.3g") -> Markup:
     """A number without an enclosure; a dash where there is none."""
     if value is None:
         return Markup('<span class="none">–</span>')
-    shown = "NaN" if math.isnan(value) else _proper(f"{value:{form}}")
     return Markup('<span class="n" data-path="{}" data-value="{!r}">{}</span>').format(
-        path, float(value), shown
+        path, float(value), _plain(value, form)
     )
 
 
 def _plain(value: float, form: str = ".4g") -> str:
-    return "NaN" if math.isnan(value) else _proper(f"{value:{form}}")
+    return "NaN" if math.isnan(value) else _proper(f"{value:{form}}".removesuffix("."))
 
 
-def _breakable(names: Iterable[str]) -> Markup:
-    """Names of modules, separated by commas."""
-    return Markup(", ").join(Markup("<code>{}</code>").format(name or "(model)") for name in names)
+def _name(name: str) -> Markup:
+    """The name of a module, which may be broken into lines behind its dots."""
+    return Markup(".<wbr>").join((name or "(model)").split("."))
+
+
+def _names(names: Iterable[str]) -> Markup:
+    return Markup(", ").join(Markup("<code>{}</code>").format(_name(name)) for name in names)
 
 
 @functools.cache
@@ -265,7 +266,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     found.filters.update(
-        number=_number, condition=_condition, single=_single, plain=_plain, names=_breakable,
-        anchor=_anchor, svg=Markup, count=_count,
+        number=_number, condition=_condition, single=_single, plain=_plain, name=_name,
+        names=_names, anchor=_anchor, svg=Markup, count=_count,
     )  # fmt: skip
     return found

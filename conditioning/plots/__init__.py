@@ -10,6 +10,7 @@ from conditioning.plots.depth import (
     plot_gains,
     plot_norms,
     plot_ranges,
+    room_for,
 )
 from conditioning.plots.ratios import plot_ratio_heatmap, plot_ratios
 from conditioning.plots.spectra import (
@@ -42,6 +43,7 @@ __all__ = [
     "plot_singular_values",
     "plot_spectra",
     "plot_spectrum",
+    "room_for",
     "save",
     "style",
     "to_svg",

@@ -18,6 +18,7 @@ from conditioning.spectrum import Estimate
 # Names of blocks are written out up to so many; beyond it their numbers are.
 _NAMED = 24
 _LETTERS = 16
+_ACROSS = 50  # letters of all names together, for them to stand side by side
 
 
 def plot_norms(
@@ -45,7 +46,7 @@ def plot_norms(
         Of the line.
     """
     ax = given_or_new(ax)
-    depth = np.arange(len(before))
+    depth = np.arange(float(len(before)))
     places = np.stack([depth - 0.5, depth + 0.5], axis=1).ravel()
     ends = [estimate for pair in zip(before, after, strict=True) for estimate in pair]
     value, low, high = (_columns(ends, name) for name in ("value", "low", "high"))
@@ -93,7 +94,7 @@ def plot_block_ratios(
     Bars that would make the ratios hard to see run off the axis.
     """
     ax = given_or_new(ax)
-    places = np.arange(len(ratios))
+    places = np.arange(float(len(ratios)))
     value, low, high = (_columns(ratios, name) for name in ("value", "low", "high"))
     shown = _positive(value)
     if band is not None and band[0] < band[1]:
@@ -146,7 +147,7 @@ def plot_ranges(
         Of the layers.
     """
     ax = given_or_new(ax)
-    places = np.arange(len(largest))
+    places = np.arange(float(len(largest)))
     low, high = _columns(smallest, "value"), _columns(largest, "value")
     bars = [(int(p), a, b) for p, a, b in zip(places, low, high, strict=True)]
     _bars(ax, bars, color=FIRST, width=7, label="smallest to largest singular value")
@@ -181,7 +182,7 @@ def plot_gains(
         Of the layers.
     """
     ax = given_or_new(ax)
-    places = np.arange(len(gains))
+    places = np.arange(float(len(gains)))
     value = np.asarray(gains, dtype=float)
     shown = _positive(value)
     undone = np.zeros(len(value), dtype=bool)
@@ -204,10 +205,9 @@ def name_blocks(ax: Axes, names: Sequence[str], count: int, *, label: str = "blo
     """Names where there is room for them, else numbers from 0, as in the tables."""
     ax.set_xlim(-0.7, max(count, 1) - 0.3)
     ax.grid(visible=False, axis="x")
-    if names and count <= _NAMED:
+    texts, turned = _written(names)
+    if texts:
         ax.xaxis.set_major_locator(FixedLocator(list(range(count))))
-        texts = [shortened(name) for name in names]
-        turned = sum(map(len, texts)) > 40
         # A dollar sign in a name is no formula.
         ax.set_xticklabels(texts, rotation=90 if turned else 0, parse_math=False)
         return
@@ -215,15 +215,29 @@ def name_blocks(ax: Axes, names: Sequence[str], count: int, *, label: str = "blo
     ax.set_xlabel(f"number of the {label}, from input to output")
 
 
+def room_for(names: Sequence[str]) -> float:
+    """Inches that upright names take below the axes."""
+    texts, turned = _written(names)
+    return 0.075 * max(map(len, texts)) if turned else 0.0
+
+
+def _written(names: Sequence[str]) -> tuple[list[str], bool]:
+    """Names as they stand below the axes, none if they are too many, and whether upright."""
+    if not 0 < len(names) <= _NAMED:
+        return [], False
+    texts = [shortened(name, max(_LETTERS, _ACROSS // len(names))) for name in names]
+    return texts, sum(map(len, texts)) > _ACROSS
+
+
 def shortened(name: str, letters: int = _LETTERS) -> str:
     """The end of a long name: it is there that names of one network differ."""
     name = "".join(c if c.isprintable() else "?" for c in name) or "(model)"
-    return name if len(name) <= letters else "…" + name[-letters + 1 :]
+    return name if len(name) <= letters else "…" + name[-letters + 1 :].lstrip(".")
 
 
 def short_number(value: float, _: object = None) -> str:
     """A tick of a wide axis: plain where that is short, else as a power of ten."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:g}".replace("-", "−")
     exponent = math.floor(math.log10(abs(value)) + 1e-9)
     factor = value / 10.0**exponent
@@ -235,9 +249,9 @@ def legend_below(ax: Axes, columns: int = 2) -> None:
     """A legend under the axes, where it hides nothing."""
     handles, labels = ax.get_legend_handles_labels()
     if handles:
-        ax.figure.legend(  # type: ignore[union-attr]
-            handles, labels, loc="outside lower left", ncols=columns, handlelength=1.6,
-            columnspacing=1.4, borderaxespad=0.2,
+        ax.figure.legend(
+            handles, labels, loc="outside lower left", ncols=columns, handlelength=1.4,
+            columnspacing=1.2, borderaxespad=0.2,
         )  # fmt: skip
 
 

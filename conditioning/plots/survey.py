@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from conditioning.jacobi import Array
 from conditioning.plots.axes import given_or_new
@@ -74,7 +74,7 @@ def plot_spectra(
     _eigenvalue_ticks(ax, scale)
     ax.yaxis.set_major_locator(LogLocator(numticks=7))
     ax.yaxis.set_major_formatter(FuncFormatter(short_number))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("share of eigenvalues per decade")
     return ax

@@ -40,9 +40,9 @@ def page_style() -> Iterator[None]:
             {
                 "svg.fonttype": "none",
                 "svg.hashsalt": "conditioning",
-                "font.size": 11,
-                "axes.titlesize": 12,
-                "axes.labelsize": 11,
+                "font.size": 10.5,
+                "axes.titlesize": 11.5,
+                "axes.labelsize": 10.5,
                 "xtick.labelsize": 10,
                 "ytick.labelsize": 10,
                 "legend.fontsize": 10,
