@@ -32,9 +32,8 @@ def drawings(report: Checkup) -> dict[str, Drawing]:
     found: list[Drawing] = []
     if report.blocks:
         found += [_norms(report.blocks), _ratios(report)]
-    transitions = [layer for layer in report.layers if layer.largest is not None]
-    if transitions:
-        found.append(_ranges(transitions))
+    if any(layer.largest is not None and layer.smallest is not None for layer in report.layers):
+        found.append(_ranges(report.layers))
     if len(report.layers) > 1:
         found.append(_gains(report.layers))
     spectra = [s for s in (report.hessian, report.gauss_newton) if s is not None]
@@ -132,21 +131,25 @@ def _ratios(report: Checkup) -> Drawing:
 
 
 def _ranges(layers: Sequence[LayerReading]) -> Drawing:
-    largest = [layer.largest for layer in layers if layer.largest is not None]
-    smallest = [layer.smallest or layer.largest for layer in layers]
+    known = [
+        (layer, layer.smallest, layer.largest)
+        for layer in layers
+        if layer.smallest is not None and layer.largest is not None
+    ]
+    names = [layer.name for layer, _, _ in known]
 
     def part(ax: Axes) -> None:
         plots.plot_ranges(
-            [s for s in smallest if s is not None], largest, ax,
-            targets=[layer.target for layer in layers], names=[layer.name for layer in layers],
+            [smallest for _, smallest, _ in known], [largest for _, _, largest in known], ax,
+            targets=[layer.target for layer, _, _ in known], names=names,
         )  # fmt: skip
 
     return _drawn(
         "ranges", "Singular values of the transitions",
-        f"A bar for each of {len(layers)} layers from its smallest to its largest singular value; "
-        f"the largest are {_span(s.value for s in largest)}.",
+        f"A bar for each of {len(known)} layers from its smallest to its largest singular value; "
+        f"the largest are {_span(largest.value for _, _, largest in known)}.",
         "Random gradients keep their norm where all singular values are at the target.",
-        part, columns=1, names=[layer.name for layer in layers],
+        part, columns=1, names=names,
     )  # fmt: skip
 
 

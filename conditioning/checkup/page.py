@@ -98,7 +98,7 @@ def notebook(report: Checkup, height: int = 720) -> str:
     """
     return str(
         Markup(
-            '<iframe title="Checkup of {}" sandbox="allow-same-origin" loading="lazy" '
+            '<iframe title="Checkup of {}" sandbox="allow-same-origin" '
             'style="width:100%;height:{}px;border:0" srcdoc="{}"></iframe>'
         ).format(report.setting.model, height, page(report))
     )

@@ -91,13 +91,13 @@ def plot_block_ratios(
 
     Notes
     -----
-    Bars that would make the ratios hard to see run off the axis.
+    Bars, and a band, that would make the ratios hard to see run off the axis.
     """
     ax = given_or_new(ax)
     places = np.arange(float(len(ratios)))
     value, low, high = (_columns(ratios, name) for name in ("value", "low", "high"))
     shown = _positive(value)
-    if band is not None and band[0] < band[1]:
+    if band is not None and max(band[0], 0) < band[1]:
         ax.axhspan(max(band[0], 1e-300), band[1], color=THIRD, alpha=0.14, linewidth=0, zorder=0,
                    label="theory")  # fmt: skip
     ax.axhline(1, color=INK, linewidth=0.9, zorder=1)
@@ -117,8 +117,8 @@ def plot_block_ratios(
                 linestyle="none", marker=marker, markersize=size if len(ratios) <= 40 else 2.8,
                 color=FIRST if marker == "o" else SECOND, elinewidth=1, label=label, zorder=3,
             )  # fmt: skip
-    ends = np.array([end for _, *pair in bars for end in pair], dtype=float)
-    held = np.concatenate([shown, _positive(low), _positive(high), [1.0], list(band or ())])
+    ends = np.array([*(end for _, *pair in bars for end in pair), *(band or ())], dtype=float)
+    held = np.concatenate([shown, _positive(low), _positive(high), [1.0]])
     _log_axis(ax, held, wished=ends)
     _edge_marks(ax, places, value)
     name_blocks(ax, names, len(ratios))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -151,15 +150,26 @@ def _smooth(points: Array, at: Array, weights: Array) -> Array:
 
 def _eigenvalue_ticks(ax: Axes, scale: float) -> None:
     left, right = ax.get_xlim()
-    first = math.ceil(math.log10(scale) + 0.3)
     reach = 2 * scale * math.sinh(min(max(abs(left), abs(right)), 300) * math.log(10))
-    last = math.floor(math.log10(reach)) if reach > 0 else first
+    first, last = math.ceil(math.log10(scale) + 0.3), math.floor(math.log10(reach))
     every = max(1, math.ceil((last - first + 1) / (4 if left < -0.5 else 7)))
     powers = [10.0**e for e in range(last, first - 1, -every)]
-    values = [-p for p in powers] + [0.0] + powers[::-1]
-    places = {float(_decades(np.array(v), scale)): v for v in values}
-    inside = [place for place in sorted(places) if left <= place <= right]
-    labels: dict[float, Any] = {place: short_number(places[place]) for place in inside}
-    ax.xaxis.set_major_locator(FixedLocator(inside))
-    ax.xaxis.set_ticklabels([labels[place] for place in inside])
-    ax.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
+    ticks = _within(powers, left, right, scale)
+    if len(ticks) < 3:  # all of it within a decade or two
+        fine = [m * 10.0**e for e in range(first - 1, last + 1) for m in (1, 2, 3, 5, 7)]
+        ticks = _within(fine, left, right, scale)
+    ax.xaxis.set_major_locator(FixedLocator([place for place, _ in ticks]))
+    ax.xaxis.set_ticklabels([short_number(value) for _, value in ticks])
+    ax.set_xlim(left, right)
+    if left < 0 < right:
+        ax.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
+
+
+def _within(
+    sizes: Sequence[float], left: float, right: float, scale: float
+) -> list[tuple[float, float]]:
+    """Places on the axis and their eigenvalues, with both signs and zero."""
+    values = np.array([*(-size for size in sizes), 0.0, *sizes])
+    places = _decades(values, scale)
+    inside = (places >= left) & (places <= right)
+    return sorted(zip(places[inside].tolist(), values[inside].tolist(), strict=True))

@@ -29,7 +29,8 @@ INK, MUTED, GRID, FIRST, SECOND, THIRD, ALARM = ROLES.values()
 
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
-_FAMILY = re.compile(r"(font: [^;]*?\d(?:\.\d+)?px) [^;]*")
+# Written out by some versions of matplotlib, in the shorthand by others.
+_FAMILY = re.compile(r"(font-family: |font: [^;]*?\d(?:\.\d+)?px )[^;]*")
 
 
 @contextmanager
@@ -40,6 +41,8 @@ def page_style() -> Iterator[None]:
             {
                 "svg.fonttype": "none",
                 "svg.hashsalt": "conditioning",
+                "font.family": "sans-serif",
+                "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: one layout anywhere
                 "font.size": 10.5,
                 "axes.titlesize": 11.5,
                 "axes.labelsize": 10.5,
@@ -141,4 +144,4 @@ def _own_ids(root: ElementTree.Element, name: str) -> None:
 def _by_role(text: str) -> str:
     for role, color in ROLES.items():
         text = text.replace(color, f"var(--plot-{role}, {color})")
-    return _FAMILY.sub(r"\1 var(--plot-font, sans-serif)", text)
+    return _FAMILY.sub(r"\1var(--plot-font, sans-serif)", text)
