@@ -1,4 +1,4 @@
-"""Check what a wheel ships: the marker of its types and both packages, and nothing else."""
+"""Check what a wheel ships: types marked, both packages, their templates, and nothing else."""
 
 import sys
 import zipfile
@@ -16,6 +16,7 @@ def main() -> None:
         for folder in ("conditioning", "experiments")
         for source in sorted(Path(folder).rglob("*.py"))
     ]
+    needed += [source.as_posix() for source in sorted(Path("conditioning").glob("*/templates/*"))]
     missing = [name for name in needed if name not in names]
     stray = [
         name

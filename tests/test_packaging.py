@@ -59,3 +59,16 @@ def test_the_version_is_read_without_importing_the_package(config):
     assert config["metadata"]["version"] == "attr: conditioning.__version__"
     source = (ROOT / "conditioning" / "__init__.py").read_text("utf-8")
     assert f'__version__ = "{conditioning.__version__}"' in source
+
+
+def test_every_file_that_is_no_module_is_package_data(config):
+    listed = config["options.package_data"]
+    for package in ("conditioning", "experiments"):
+        patterns = listed[package].split()
+        files = {
+            path.relative_to(ROOT / package)
+            for path in (ROOT / package).rglob("*")
+            if path.is_file() and path.suffix not in (".py", ".pyc")
+        }
+        assert files
+        assert [path for path in files if not any(path.match(p) for p in patterns)] == []

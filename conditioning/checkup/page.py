@@ -96,11 +96,13 @@ def notebook(report: Checkup, height: int = 720) -> str:
     height : int
         Of the frame, in pixels.
     """
+    # Without it a link to a section would load the notebook into the frame.
+    inside = page(report).replace("<head>", '<head><base href="about:srcdoc">', 1)
     return str(
         Markup(
             '<iframe title="Checkup of {}" sandbox="allow-same-origin" '
             'style="width:100%;height:{}px;border:0" srcdoc="{}"></iframe>'
-        ).format(report.setting.model, height, page(report))
+        ).format(report.setting.model, height, inside)
     )
 
 
