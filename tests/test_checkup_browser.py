@@ -96,12 +96,17 @@ def test_nothing_leaves_the_page_at_any_width_and_links_stay_in_the_frame(tmp_pa
         assert frame["place"] == "about:srcdoc#legend"
 
 
+@pytest.fixture(scope="module")
+def usual():
+    return page(checkup())
+
+
 @pytest.mark.parametrize(("scheme", "background"), [(1, (255, 255, 255)), (0, (19, 23, 28))])
-def test_the_page_is_drawn_in_light_and_in_dark(tmp_path, scheme, background):
+def test_the_page_is_drawn_in_light_and_in_dark(tmp_path, usual, scheme, background):
     from matplotlib.image import imread
 
     file, shot = tmp_path / "page.html", tmp_path / "page.png"
-    file.write_text(page(checkup()), encoding="utf-8")
+    file.write_text(usual, encoding="utf-8")
     browse(
         tmp_path, file, f"--screenshot={shot}", "--window-size=1000,2400",
         f"--blink-settings=preferredColorScheme={scheme}",

@@ -155,6 +155,12 @@ def test_findings_lead_and_link_to_their_evidence():
     assert rows["blocks-3"] == "problem"
     assert rows["activations-1"] == "remark"
     assert rows["blocks-4"] is None
+    # A row is marked by the name, too, but only in the table that the evidence is in.
+    first = replace(report.findings[0], where=("layer1.3", "layer1.7", "conv1"))
+    many = page(replace(report, findings=(first, *report.findings[1:])))
+    rows = {attrs["id"]: attrs.get("class") for _, attrs in Page(many).tags if "id" in attrs}
+    marked = {name for name, tone in rows.items() if tone == "problem"}
+    assert marked == {"blocks-3", "blocks-7"}
     assert "#nowhere" not in made("broken")[1]
 
 

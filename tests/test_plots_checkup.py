@@ -54,9 +54,12 @@ def test_zeros_and_what_is_not_finite_stand_at_the_edges():
 def test_ratios_stand_in_the_reach_of_their_jacobians():
     ax = plots.plot_block_ratios(
         [near(1.0), near(2.0), near(0.5)], reach=[(0.5, 4.0), None, (0.0, 1e9)], band=(0.7, 1.4),
-        transitions=[1],
+        transitions=[1], ringed=[2],
     )  # fmt: skip
-    assert labels(ax) == ["theory", "singular values of the Jacobian", "ratio", "ratio, transition"]
+    assert sorted(labels(ax)) == [
+        "problem", "ratio", "ratio, transition", "singular values of the Jacobian", "theory"
+    ]  # fmt: skip
+    assert line(ax, "problem").tolist() == [[2, 0.5]]
     bars = next(c for c in ax.collections if c.get_label().startswith("singular"))
     assert np.allclose([s[:, 1] for s in bars.get_segments()], [[0.5, 4.0], [1e-300, 1e9]])
     assert [s[0, 0] for s in bars.get_segments()] == [0, 2]

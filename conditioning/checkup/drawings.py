@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,18 @@ class Drawing:
     caption: str
 
 
-def drawings(report: Checkup) -> dict[str, Drawing]:
-    """The figures for which the checkup has numbers, by name."""
+def drawings(report: Checkup, marks: Mapping[str, str]) -> dict[str, Drawing]:
+    """The figures for which the checkup has numbers, by name.
+
+    Parameters
+    ----------
+    report : Checkup
+    marks : mapping of str to str
+        Severity by the row of a table, such as ``blocks-3``: what is a problem gets a ring.
+    """
     found: list[Drawing] = []
     if report.blocks:
-        found += [_norms(report.blocks), _ratios(report)]
+        found += [_norms(report.blocks), _ratios(report, marks)]
     if any(layer.largest is not None and layer.smallest is not None for layer in report.layers):
         found.append(_ranges(report.layers))
     if len(report.layers) > 1:
@@ -94,7 +101,7 @@ def _norms(blocks: Sequence[BlockReading]) -> Drawing:
     )  # fmt: skip
 
 
-def _ratios(report: Checkup) -> Drawing:
+def _ratios(report: Checkup, marks: Mapping[str, str]) -> Drawing:
     blocks = report.blocks
     reach = [
         (b.jacobian.smallest.value, b.jacobian.largest.value) if b.jacobian is not None else None
@@ -113,6 +120,7 @@ def _ratios(report: Checkup) -> Drawing:
         plots.plot_block_ratios(
             [b.ratio for b in blocks], ax, names=[b.name for b in blocks], reach=reach, band=band,
             transitions=[i for i, b in enumerate(blocks) if b.kind == "transition"],
+            ringed=[i for i in range(len(blocks)) if marks.get(f"blocks-{i}") == "problem"],
         )  # fmt: skip
 
     known = sum(pair is not None for pair in reach)

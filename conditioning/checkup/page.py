@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from conditioning.checkup.drawings import drawings
-from conditioning.checkup.readings import Finding
 from conditioning.checkup.results import Checkup
 from conditioning.spectrum import ConditionNumber, Estimate
 
 _LONG = 24  # rows from which on a table scrolls in a box of its own
+_NAMED = ("blocks", "activations", "layers", "recurrent")  # tables with a row for each name
 _SHOWN = 6  # names that a finding lists before the others are folded away
 
 # What each status means, in the order in which the legend explains them.
@@ -63,14 +63,15 @@ def page(report: Checkup) -> str:
     Every number with an enclosure carries its place in the JSON (``data-path``) and the exact
     values (``data-value``, ``data-low``, ``data-high``). Names of models and layers are escaped.
     """
+    marks = _marks(report)
     template = _environment().get_template("page.html.jinja")
     return template.render(
         report=report,
         setting=report.setting,
         verdict=verdict(report),
         completeness=_COMPLETENESS[report.status],
-        figures=drawings(report),
-        marks=_marks(report.findings),
+        figures=drawings(report, marks),
+        marks=marks,
         anchors=_anchors(report),
         legend={name: STATUSES[name] for name in STATUSES if name in _statuses(report)},
         spectra=[
@@ -170,20 +171,24 @@ def _statuses(report: Checkup) -> set[str]:
     return found
 
 
-def _marks(findings: Sequence[Finding]) -> dict[str, str]:
-    """Anchors that a finding points to, with the severity; problems win."""
+def _marks(report: Checkup) -> dict[str, str]:
+    """Anchors of the entries that a finding is about, with the severity; problems win."""
     marks: dict[str, str] = {}
-    for finding in findings:
+    for finding in report.findings:
         anchor = _anchor(finding.evidence)
-        if marks.get(anchor) != "problem":
-            marks[anchor] = finding.severity
+        table = anchor.partition("-")[0]
+        entries = getattr(report, table) if table in _NAMED else ()
+        named = [f"{table}-{i}" for i, e in enumerate(entries) if e.name in finding.where]
+        for place in {anchor, *named}:
+            if marks.get(place) != "problem":
+                marks[place] = finding.severity
     return marks
 
 
 def _anchors(report: Checkup) -> set[str]:
     """The ids that the page has for entries of the checkup."""
     found = {"loss", "gradient_norm", "product", "mean_deviation"}
-    for name in ("blocks", "activations", "layers", "recurrent", "predictions"):
+    for name in (*_NAMED, "predictions"):
         found |= {f"{name}-{i}" for i in range(len(getattr(report, name)))}
     for name in ("hessian", "gauss_newton", "step_size"):
         found |= {name} if getattr(report, name) is not None else set()

@@ -72,6 +72,7 @@ def plot_block_ratios(
     reach: Sequence[tuple[float, float] | None] = (),
     band: tuple[float, float] | None = None,
     transitions: Sequence[int] = (),
+    ringed: Sequence[int] = (),
 ) -> Axes:
     """Ratio of gradient norms of every block, within what its Jacobian allows for any gradient.
 
@@ -88,6 +89,8 @@ def plot_block_ratios(
         What a theory says of the ratios.
     transitions : sequence of int
         Places of the blocks whose skip is no identity.
+    ringed : sequence of int
+        Places of the blocks with a problem.
 
     Notes
     -----
@@ -117,6 +120,11 @@ def plot_block_ratios(
                 linestyle="none", marker=marker, markersize=size if len(ratios) <= 40 else 2.8,
                 color=FIRST if marker == "o" else SECOND, elinewidth=1, label=label, zorder=3,
             )  # fmt: skip
+    rings = [i for i in ringed if math.isfinite(shown[i])]
+    if rings:
+        ax.plot(places[rings], shown[rings], linestyle="none", marker="o", markersize=11,
+                markerfacecolor="none", markeredgewidth=1.6, color=ALARM, label="problem",
+                zorder=4)  # fmt: skip
     ends = np.array([*(end for _, *pair in bars for end in pair), *(band or ())], dtype=float)
     held = np.concatenate([shown, _positive(low), _positive(high), [1.0]])
     _log_axis(ax, held, wished=ends)
