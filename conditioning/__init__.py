@@ -1,6 +1,7 @@
 """Measure the conditioning of neural networks, each number with its error."""
 
 from conditioning.blocks import block_jacobians, find_blocks, select_blocks, split_blocks
+from conditioning.checkup import Checkup, checkup
 from conditioning.krylov import lanczos, power_iteration
 from conditioning.norms import GradientNorms
 from conditioning.operators import (
@@ -20,18 +21,21 @@ from conditioning.spectrum import (
     FullSpectrum,
     SingularRange,
     SpectralDensity,
+    SpectrumSurvey,
     condition_number,
     eigenvalues,
     full_spectrum,
     index,
     singular_range,
     spectral_density,
+    survey,
     trace,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkup",
     "ConditionNumber",
     "Eigenvalues",
     "Estimate",
@@ -48,7 +52,9 @@ __all__ = [
     "SingularRange",
     "SingularValues",
     "SpectralDensity",
+    "SpectrumSurvey",
     "block_jacobians",
+    "checkup",
     "condition_number",
     "eigenvalues",
     "find_blocks",
@@ -61,5 +67,6 @@ __all__ = [
     "singular_values",
     "spectral_density",
     "split_blocks",
+    "survey",
     "trace",
 ]

@@ -123,7 +123,7 @@ def test_several_batches_give_the_mean_and_the_range():
     model = mlp()
     batches = [batch(), batch(), batch(7)]
     report = checkup(model, nn.CrossEntropyLoss(), batches, **QUICK)
-    losses = [float(nn.functional.cross_entropy(model(x), y)) for x, y in batches]
+    losses = [float(nn.functional.cross_entropy(model(x), y).detach()) for x, y in batches]
     assert report.setting.num_batches == 3
     assert report.setting.num_samples == 31
     assert (report.loss.low, report.loss.high) == pytest.approx((min(losses), max(losses)))

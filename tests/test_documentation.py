@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.rst"
 PAGES = sorted((ROOT / "docs").glob("*.rst"))
 # How many lines each page runs at the least; a page that has none must not have lost them.
-EXAMPLES = {"hessian": 15, "layers": 15, "norms": 15, "tour": 35, "trust": 45}
+EXAMPLES = {"checkup": 10, "hessian": 15, "layers": 15, "norms": 15, "tour": 35, "trust": 45}
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(conditioning.__path__, "conditioning.")

@@ -21,7 +21,7 @@ from tests.frameworks import (
     training_arguments,
 )
 
-PAGE = Path(__file__).parent.parent / "docs" / "recipes_checkup.rst"
+PAGE = Path(__file__).parent.parent / "docs" / "checkup.rst"
 LABELS = (
     "Checkup in a plain loop, with any logger", "Checkup before and after a change",
     "Checkup in Lightning", "Checkup in the Hugging Face Trainer",

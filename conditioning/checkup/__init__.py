@@ -1,5 +1,6 @@
 """The checkup: where a network loses the norm, and how badly its loss is conditioned."""
 
+from conditioning.checkup.compare import Comparison, compare
 from conditioning.checkup.readings import (
     ActivationReading,
     BlockReading,
@@ -20,6 +21,7 @@ __all__ = [
     "ActivationReading",
     "BlockReading",
     "Checkup",
+    "Comparison",
     "DensityCurve",
     "Finding",
     "LayerReading",
@@ -30,4 +32,5 @@ __all__ = [
     "SpectrumReading",
     "StepSize",
     "checkup",
+    "compare",
 ]

@@ -101,8 +101,8 @@ def _unscaled(report: Checkup, chain: Chain) -> Finding | None:
     return Finding(
         "unscaled-branches", "problem", _weight(second, limit), tuple(b.name for b in worst),
         f"The gradient grows by {product.value:.3g} over {count} residual blocks, and in the "
-        f"second half of each run of equal ones still by {second} (with normalisation or scaled "
-        f"branches it would be at most {limit:.2g}): exponentially in the depth. Most in "
+        f"second half of each run of equal ones still by {second.brief()} (with normalisation or "
+        f"scaled branches it would be at most {limit:.2g}): exponentially in the depth. Most in "
         f"{_listed(worst)}.",
         f"Multiply the branches by tau = 1/sqrt({count}) = {tau:.3g}, which bounds the growth by a "
         f"constant (arXiv:1903.07120), or put a normalisation into each branch.",
@@ -156,13 +156,17 @@ def _changed(chain: Chain) -> str:
     if not chain.product.value:
         return f"Nothing is left of the gradient {way}"
     if chain.product.value < 1:
-        return f"The gradient keeps only {chain.product} of its norm {way}"
-    return f"The norm of the gradient is multiplied by {chain.product} {way}"
+        return f"The gradient keeps only {chain.product.brief()} of its norm {way}"
+    return f"The norm of the gradient is multiplied by {chain.product.brief()} {way}"
 
 
 def _remedy(worst: Sequence[BlockReading], *, one: bool, plain: bool, gains: _Gains | None) -> str:
     if one and worst[0].kind == "transition":
-        return f"Make '{worst[0].name}' norm-preserving: Procrustes(model, ...) on its layers."
+        name = worst[0].name
+        return (
+            f"Make the layers of '{name}' norm-preserving: "
+            f"conditioning.Procrustes(['{name}.*'], model=model)."
+        )
     if one:
         return f"Look into '{worst[0].name}': its weights, biases and activations."
     if plain:
@@ -259,8 +263,9 @@ def _activations(chain: Chain) -> Finding | None:
     return Finding(
         "activations-vanish" if lost else "activations-explode", "problem",
         _weight(chain.growth, limit), tuple(b.name for b in worst),
-        f"The activations change their norm by {chain.growth} over {len(chain.blocks)} blocks, "
-        f"most in '{worst[0].name}' ({worst[0].growth:.3g}), while the gradient stays in range.",
+        f"The activations change their norm by {chain.growth.brief()} over {len(chain.blocks)} "
+        f"blocks, most in '{worst[0].name}' ({worst[0].growth:.3g}), while the gradient stays in "
+        f"range.",
         f"Look into '{worst[0].name}': the scale of its weights and biases, and a normalisation "
         f"that hides it from the gradient.",
         chain.growth, limit, f"blocks[{worst[0].depth}].act_out",

@@ -188,9 +188,9 @@ def _recurrent(report: Checkup) -> Iterator[Finding]:
         where = f"blocks of the recurrent weight of '{entry.name}'"
         said = (
             f"Over the {entry.num_steps} steps of '{entry.name}' ({entry.classes}) the gradient is "
-            f"multiplied by {growth} with each step back in time, {growth.value**steps:.2g} over "
-            f"all of them; the largest singular value of its recurrent weight is "
-            f"{entry.recurrent_norm:.3g}."
+            f"multiplied by {growth.brief()} with each step back in time, "
+            f"{growth.value**steps:.2g} over all of them; the largest singular value of its "
+            f"recurrent weight is {entry.recurrent_norm:.3g}."
         )
         evidence = f"recurrent[{index}].growth_per_step"
         if growth.low > bound:
@@ -235,18 +235,19 @@ def _transitions(report: Checkup) -> Iterator[Finding]:
         for layer in layers:
             if layer.largest is not None and layer.target is not None:
                 about = (
-                    f" The largest singular value of '{layer.name}' is {layer.largest}; "
+                    f" The largest singular value of '{layer.name}' is {layer.largest.brief()}; "
                     f"{layer.target:.3g} keeps the norm of random gradients."
                 )
                 break
-        names = _names([layer.name for layer in layers]) if layers else f"'{block.name}'"
+        names = [layer.name for layer in layers] or [block.name]
         yield Finding(
             "transition-loses-gradient", "problem", _weight(block.ratio.value, limit),
             (block.name, *(layer.name for layer in layers if layer.name != block.name)),
-            f"The gradient leaves the transition '{block.name}' with {block.ratio} of its norm; "
-            f"half of the other blocks keep {usual:.3g} or more.{about}",
-            f"Make {names} norm-preserving: Procrustes(model, ...) sets all its singular values to "
-            f"one, sqrt(c_out / c_in), and holds them there in training.",
+            f"The gradient leaves the transition '{block.name}' with {block.ratio.brief()} of its "
+            f"norm; half of the other blocks keep {usual:.3g} or more.{about}",
+            f"Make {_names(names)} norm-preserving: conditioning.Procrustes({names}, model=model) "
+            f"sets all singular values to one, sqrt(c_out / c_in), and holds them there in "
+            f"training.",
             block.ratio, limit, f"blocks[{report.blocks.index(block)}].ratio",
         )  # fmt: skip
 
@@ -258,9 +259,9 @@ def _learning_rate(report: Checkup) -> Iterator[Finding]:
     bound = "2 (1 + momentum) / lambda_max" if steps.momentum else "2 / lambda_max"
     yield Finding(
         "learning-rate", "problem", _weight(steps.quotient.value, limits.STEP), (),
-        f"The learning rate {steps.given:g} is {steps.quotient} times the largest stable one, "
-        f"{bound} = {steps.largest_stable}: plain gradient descent leaves the neighbourhood along "
-        f"the steepest direction.",
+        f"The learning rate {steps.given:g} is {steps.quotient.brief()} times the largest stable "
+        f"one, {bound} = {steps.largest_stable.brief()}: plain gradient descent leaves the "
+        f"neighbourhood along the steepest direction.",
         f"Use {steps.largest_stable.low / 2:.2g} or less (half of the largest stable one), or "
         f"raise it to the wished value over the first steps.",
         steps.quotient, limits.STEP, "step_size.quotient",

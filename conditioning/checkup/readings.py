@@ -59,7 +59,7 @@ class BlockReading(Result):
     Attributes
     ----------
     name, classes, kind, shapes : str
-        As of :class:`conditioning.blocks.Block`.
+        As of ``conditioning.blocks.Block``.
     depth : int
         Place in the order of execution, from 0.
     act_in, act_out, grad_in, grad_out : Estimate

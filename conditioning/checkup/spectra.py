@@ -100,7 +100,8 @@ def _plan(operator: LossOperator, clock: Clock, share: float) -> tuple[int, bool
     block = torch.randn(
         size, min(_BLOCK, size), generator=generator, device=operator.device, dtype=torch.float64
     )
-    single = _timed(operator, block[:, 0])
+    # The first product warms up.
+    single = min(_timed(operator, block[:, 0]), _timed(operator, block[:, 0]))
     if size > 1 and dense_fits(operator):
         # The first block also finds out which engine is the faster one.
         together = min(_timed(operator, block), _timed(operator, block)) / block.shape[1]
@@ -146,8 +147,11 @@ def _thinned(nodes: Array, weights: Array) -> tuple[tuple[float, ...], tuple[flo
 
 
 def _uncertain(reading: SpectrumReading) -> list[Missing]:
-    """What the survey could not enclose."""
+    """What the survey could not measure or enclose."""
     missing = []
+    if math.isnan(reading.trace.value):
+        reason = f"{reading.num_matvecs} products were not enough for it: give more seconds"
+        missing.append(Missing(f"trace of the {reading.matrix} matrix", reason))
     for what, found in (
         ("condition number", reading.condition),
         ("10th-percentile condition number", reading.condition10),

@@ -182,7 +182,7 @@ def plot_gains(
     Parameters
     ----------
     gains : sequence of float
-        ``sqrt(fan_in) std(weight)``, in order of depth.
+        ``sqrt(fan_in)`` times the root mean square of the weight, in order of depth.
     ax : Axes, optional
     normalised : sequence of bool
         Whether a normalisation follows, which undoes the scale.
@@ -205,7 +205,7 @@ def plot_gains(
     _log_axis(ax, np.concatenate([shown, [1.0, 2**0.5]]))
     _edge_marks(ax, places, value)
     name_blocks(ax, names, len(value), label="layer")
-    ax.set_ylabel("√fan_in · std(weight)")
+    ax.set_ylabel("√fan_in · rms(weight)")
     return ax
 
 

@@ -296,7 +296,8 @@ def _judge(run: LanczosRun, bounds: _Bounds, *, exhausted: bool) -> tuple[Status
     return "lower bound only", (
         f"kappa >= {bounds.certain:.4g} is certain (an eigenvalue of size at most "
         f"{smallest.high:.3g} exists), nothing below it is excluded down to the zero threshold "
-        f"yet; certifying would take about {18 * bounds.certain:.2g} products, {_dense_cost(run)}"
+        f"yet; certifying would take about {18 * bounds.certain:.2g} products or more, "
+        f"{_dense_cost(run)}"
     )
 
 

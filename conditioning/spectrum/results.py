@@ -79,6 +79,17 @@ class Estimate(Result):
     def __contains__(self, number: float) -> bool:
         return self.low <= number <= self.high
 
+    def brief(self) -> str:
+        """For a sentence: three digits, and the ends only where they differ in these.
+
+        Examples
+        --------
+        >>> Estimate(6.6034722, 6.6034719, 6.6034726).brief(), Estimate(2.0, 1.9, 2.2).brief()
+        ('6.60', '2.0 [1.9, 2.2]')
+        """
+        ends = {_shown(end, 3) for end in (self.low, self.value, self.high)}
+        return ends.pop() if len(ends) == 1 else str(self)
+
     def __str__(self) -> str:
         width = self.high - self.low
         if self.low == self.value == self.high:
