@@ -28,7 +28,8 @@ NAN = Estimate(math.nan, math.nan, math.nan)
 
 
 def near(value, share=0.02):
-    return Estimate(value, value * (1 - share), value * (1 + share))
+    width = share * abs(value)
+    return Estimate(value, value - width, value + width)
 
 
 def condition(value, percentile=None, *, bounded=True, size=1200):

@@ -184,7 +184,9 @@ class Checkup(Result):
         return text(self)
 
     def _repr_html_(self) -> str:
-        return self.to_html()
+        from conditioning.checkup.page import notebook
+
+        return notebook(self)
 
     def __repr__(self) -> str:
         return (
