@@ -455,7 +455,7 @@ def test_nonfinite_leads():
     found = find(report)
     assert found[0].kind == "nonfinite"
     assert "b.3" in found[0].sentence
-    assert [f.severity for f in found] == ["problem", "remark"]
+    assert len(found) == 1  # behind NaN no other number means anything
     assert kinds(clean(loss=exact(math.inf))) == ["nonfinite"]
 
 

@@ -46,7 +46,7 @@ _ONE_SIDED = ("relu", "relu6", "elu", "selu", "gelu", "silu", "softplus")
 #: Layers whose gates are free to keep a gradient, whatever they do at first.
 _GATED = ("LSTM", "GRU", "LSTMCell", "GRUCell")
 #: These cut or bend the way of the gradient, so norms along the depth follow from them.
-_CAUSES = ("nonfinite", "dead-units", "saturated-units", "recurrent-explodes")
+_CAUSES = ("dead-units", "saturated-units", "recurrent-explodes")
 
 
 def find(report: Checkup) -> tuple[Finding, ...]:
@@ -63,8 +63,11 @@ def find(report: Checkup) -> tuple[Finding, ...]:
         Problems first, then by weight: how far a number lies beyond its limit, as a logarithm.
     """
     rules: tuple[Callable[[Checkup], Iterator[Finding]], ...] = (
-        _nonfinite, _dead, _saturated, _recurrent, _transitions, _learning_rate, _ill_conditioned,
+        _dead, _saturated, _recurrent, _transitions, _learning_rate, _ill_conditioned,
     )  # fmt: skip
+    broken = tuple(_nonfinite(report))
+    if broken:
+        return broken  # behind NaN every unit counts as dead, and no norm means anything
     found = [finding for rule in rules for finding in rule(report)]
     found += along_depth(report, tuple(found))
     causes = [f for f in found if f.kind in _CAUSES and f.severity == "problem"]

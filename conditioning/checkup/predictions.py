@@ -13,6 +13,7 @@ from conditioning.spectrum.full import NAN
 from conditioning.theory import ratio_band
 
 _NORM_PRESERVATION = "Zaeemzadeh, Rahnavard, Shah, arXiv:1805.07477"
+_NARROW = 1.1  # bands of blocks whose |J - I| is not known to a tenth say nothing
 _EQUAL = 0.01  # singular values this near to the target count as equal to it
 _ORDER_ONE = math.e
 _LEMMA = f"{_NORM_PRESERVATION}, the lemma behind Theorem 1"
@@ -48,7 +49,7 @@ def _branch(block: BlockReading) -> Estimate:
 
 def _bands(blocks: Sequence[BlockReading]) -> Iterator[Prediction]:
     """Ratios within 1 +- ||J - I||, and their product."""
-    known = [b for b in _chain(blocks) if math.isfinite(_branch(b).high)]
+    known = [b for b in _chain(blocks) if _branch(b).high <= _NARROW * _branch(b).low]
     if not known:
         return
     widest = max(known, key=lambda b: _branch(b).high)

@@ -85,7 +85,7 @@ class Estimate(Result):
         Examples
         --------
         >>> Estimate(6.6034722, 6.6034719, 6.6034726).brief(), Estimate(2.0, 1.9, 2.2).brief()
-        ('6.60', '2.0 [1.9, 2.2]')
+        ('6.60', '2.00 [1.90, 2.20]')
         """
         ends = {_shown(end, 3) for end in (self.low, self.value, self.high)}
         return ends.pop() if len(ends) == 1 else str(self)

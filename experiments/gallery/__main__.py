@@ -43,7 +43,9 @@ def networks(case: Case) -> Iterator[tuple[str, Patient]]:
         yield "twin", case.twin()
 
 
-def examine(case: Case, num_matvecs: int = NUM_MATVECS) -> list[Judgement]:
+def examine(
+    case: Case, num_matvecs: int = NUM_MATVECS, pages: Path | None = None
+) -> list[Judgement]:
     """Make a checkup of each network of a case, and judge it.
 
     Parameters
@@ -51,6 +53,8 @@ def examine(case: Case, num_matvecs: int = NUM_MATVECS) -> list[Judgement]:
     case : Case
     num_matvecs : int
         Products for each checkup.
+    pages : Path, optional
+        A folder for the page of each checkup.
     """
     found = []
     for state, patient in networks(case):
@@ -59,6 +63,8 @@ def examine(case: Case, num_matvecs: int = NUM_MATVECS) -> list[Judgement]:
             progress=False, **patient.options,
         )  # fmt: skip
         found.append(judge(case, state, report))
+        if pages is not None:
+            report.save(pages / f"{case.name.replace('/', '-')}-{state}.html")
     return found
 
 
@@ -119,6 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="cases, by how they begin")
     parser.add_argument("--out", default="figures/gallery", metavar="DIR", help="where tables go")
+    parser.add_argument("--pages", metavar="DIR", help="write the page of each checkup there")
+    parser.add_argument(
+        "--max-matvecs", type=int, default=NUM_MATVECS, metavar="N", help="products for each"
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parsed = parser.parse_args(arguments)
     cases = cases_of(parsed.names)
@@ -128,15 +138,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     judgements: list[Judgement] = []
     for case in tqdm(cases, unit="case", disable=parsed.quiet or not sys.stderr.isatty()):
-        found = examine(case)
+        found = examine(case, parsed.max_matvecs, Path(parsed.pages) if parsed.pages else None)
         judgements += found
         if not parsed.quiet:
             for judgement in found:
                 tqdm.write(line(judgement), file=sys.stdout)
                 sys.stdout.flush()
     show(judgements, sys.stdout)
-    if parsed.names:
-        return 0  # the tables are of the whole gallery
+    if parsed.names or parsed.max_matvecs != NUM_MATVECS:
+        return 0  # the tables are of the whole gallery, in its own budget
     write(judgements, Path(parsed.out))
     print(f"Results are in {parsed.out}")
     return 0
