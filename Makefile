@@ -36,7 +36,7 @@ bench: $(VENV)/.installed-bench  ## Install other tools too, and measure what tr
 	$(BIN)/python -m benchmarks.procrustes $(ARGS)
 
 test: $(VENV)/.installed-test  ## Install and run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-lint  ## Check style, format and types
 	$(BIN)/ruff check .
