@@ -131,6 +131,20 @@ def test_several_batches_give_the_mean_and_the_range():
     assert report.blocks[0].ratio.low < report.blocks[0].ratio.high
 
 
+def test_shuffled_data_are_the_same_in_every_pass():
+    from torch.utils.data import DataLoader, TensorDataset
+
+    loader = DataLoader(TensorDataset(*batch(24)), batch_size=8, shuffle=True)
+    model = mlp()
+    before = Snapshot(model)
+    report = checkup(model, nn.CrossEntropyLoss(), loader, **QUICK)
+    before.assert_unchanged()
+    assert report.setting.num_batches == 3
+    again = checkup(model, nn.CrossEntropyLoss(), loader, **QUICK)
+    assert report.blocks == again.blocks
+    assert report.hessian.condition == again.hessian.condition
+
+
 def test_activations_are_counted():
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     with torch.no_grad():

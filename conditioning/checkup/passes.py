@@ -77,7 +77,7 @@ def run_passes(
     batches: Batches,
     blocks: Blocks | None,
     parameters: Sequence[Tensor],
-    device: torch.device,
+    inputs: Any,
     clock: Clock,
 ) -> Passes:
     """Go over the batches once, as many of them as the time allows, the first at any rate.
@@ -87,6 +87,7 @@ def run_passes(
     ConditioningError
         If the first batch cannot be evaluated.
     """
+    device = parameters[0].device
     watch = Watch(model)
     found: list[_Batch] = []
     notes: list[str] = []
@@ -114,7 +115,6 @@ def run_passes(
             if not found:
                 raise
             complete, interrupted = False, True
-        first = next(iter(batches))
     seconds = clock.elapsed - begin
     for warning in caught:
         if issubclass(warning.category, BlockNotSeenWarning):
@@ -125,7 +125,7 @@ def run_passes(
             )
     notes += [f"time steps not followed in {text}" for text in watch.unwatched]
     nonfinite = tracker.first_nonfinite() if tracker is not None else None
-    readings = _blocks(found, blocks, _shares(model, first, blocks, loss_fn, device))
+    readings = _blocks(found, blocks, _shares(model, inputs, blocks))
     return Passes(
         over_batches(float(b.loss) for b in found),
         over_batches(float(b.gradient_norm) for b in found),
@@ -189,14 +189,10 @@ def _one(
     return _Batch(loss.detach(), squares.sqrt(), points)
 
 
-def _shares(
-    model: nn.Module, batch: Any, blocks: Blocks | None, loss_fn: Any, device: torch.device
-) -> dict[str, float]:
+def _shares(model: nn.Module, inputs: Any, blocks: Blocks | None) -> dict[str, float]:
     """Norm of the branch over that of the skip, by block, where they are added."""
     if blocks is None:
         return {}
-    inputs = to_device(batch if loss_fn is None else batch[0], device)
-    inputs = (inputs,) if loss_fn is None else inputs
     try:
         found = split_blocks(model, inputs, blocks)
     except ConditioningError:

@@ -36,6 +36,7 @@ from conditioning.errors import (
 )
 from conditioning.operators import GaussNewtonOperator, HessianOperator
 from conditioning.operators.batches import Batches, map_tensors, to_device
+from conditioning.operators.guards import isolated_randomness
 
 _HESSIAN, _JACOBIANS = 0.5, 0.6  # of what is left when it is their turn
 _JACOBIAN_MATVECS = 200  # for each block
@@ -193,7 +194,9 @@ class _Examination:
 
     def run(self) -> Checkup:
         with steady(self.model) as self.mode:
-            first = to_device(next(iter(self.batches)), self.device)
+            # Every pass over shuffled data begins in one random state, so it sees the same batches.
+            with isolated_randomness(self.batches.generators()):
+                first = to_device(next(iter(self.batches)), self.device)
             self.inputs = first[0] if self.loss_fn is not None else (first,)
             self.first = first
             self.blocks = self._find_blocks()
@@ -203,7 +206,7 @@ class _Examination:
                 self.batches,
                 self.blocks,
                 self.parameters,
-                self.device,
+                self.inputs,
                 self.clock,
             )
             self.readings = self.passes.blocks
