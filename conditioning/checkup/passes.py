@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from conditioning.blocks import Blocks, split_blocks
 from conditioning.checkup.clock import Clock
-from conditioning.checkup.readings import ActivationReading, BlockReading, RecurrentReading
+from conditioning.checkup.readings import (
+    ActivationReading,
+    BlockReading,
+    Missing,
+    RecurrentReading,
+)
 from conditioning.checkup.watch import Layer, Times, Use, Watch
 from conditioning.errors import (
     BlockNotSeenWarning,
@@ -62,6 +67,7 @@ class Passes:
     seconds: float  # of one pass over the batches
     interrupted: bool
     notes: list[str] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
 
 
 @dataclass
@@ -123,17 +129,21 @@ def run_passes(
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
             )
-    notes += [f"time steps not followed in {text}" for text in watch.unwatched]
+    missing = [
+        Missing(f"time steps of {name or 'the model'}", reason) for name, reason in watch.unwatched
+    ]
     nonfinite = tracker.first_nonfinite() if tracker is not None else None
-    readings = _blocks(found, blocks, _shares(model, inputs, blocks))
+    shares = None if interrupted else _shares(model, inputs, blocks)
+    interrupted |= shares is None
+    readings = _blocks(found, blocks, shares or {})
     return Passes(
         over_batches(float(b.loss) for b in found),
         over_batches(float(b.gradient_norm) for b in found),
         over_batches(_product(b.points) for b in found) if readings else _NONE,
         over_batches(_deviation(b.points) for b in found) if readings else _NONE,
-        nonfinite.message if nonfinite else "", readings, _activations(watch.uses.values()),
+        _where(nonfinite, len(found)), readings, _activations(watch.uses.values()),
         tuple(_recurrent(watch.times.values())), tuple(watch.layers.values()), len(found),
-        int(size), complete, seconds, interrupted, notes,
+        int(size), complete, seconds, interrupted, notes, missing,
     )  # fmt: skip
 
 
@@ -189,14 +199,25 @@ def _one(
     return _Batch(loss.detach(), squares.sqrt(), points)
 
 
-def _shares(model: nn.Module, inputs: Any, blocks: Blocks | None) -> dict[str, float]:
+def _where(nonfinite: Any, num_batches: int) -> str:
+    """Where NaN or an infinity came up first, as a sentence; empty if nowhere."""
+    if nonfinite is None:
+        return ""
+    text = nonfinite.message.removeprefix(f"in step {nonfinite.step} ")
+    text = text[0].upper() + text[1:]
+    return f"{text} (batch {nonfinite.step + 1} of {num_batches})" if num_batches > 1 else text
+
+
+def _shares(model: nn.Module, inputs: Any, blocks: Blocks | None) -> dict[str, float] | None:
     """Norm of the branch over that of the skip, by block, where they are added."""
     if blocks is None:
         return {}
     try:
         found = split_blocks(model, inputs, blocks)
     except ConditioningError:
-        return {}
+        return {}  # no addition in any block
+    except KeyboardInterrupt:
+        return None
     shares: dict[str, float] = {}
     for split in found:
         shares[split.name] = max(split.ratio, shares.get(split.name, 0.0))
@@ -269,11 +290,17 @@ def _recurrent(times: Iterable[Times]) -> Iterator[RecurrentReading]:
             continue
         tenth = [max(len(row) // _TENTH, 1) for row in rows]
         yield RecurrentReading(
-            entry.name, type(entry.module).__name__, max(len(row) for row in rows),
+            entry.name, _class_of(entry.module), max(len(row) for row in rows),
             over_batches(_rms(row[:k]) for row, k in zip(rows, tenth, strict=True)),
             over_batches(_rms(row[-k:]) for row, k in zip(rows, tenth, strict=True)),
             over_batches(_growth(row) for row in rows), recurrent_norm(entry.module),
         )  # fmt: skip
+
+
+def _class_of(module: nn.Module) -> str:
+    """The class of torch that a recurrent layer is, or is derived from."""
+    known = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+    return next((k.__name__ for k in known if isinstance(module, k)), type(module).__name__)
 
 
 def _rms(row: Any) -> float:
@@ -286,15 +313,15 @@ def _growth(row: Any) -> float:
     kept = np.isfinite(row) & (row > 0)
     if not np.isfinite(row).all():
         return math.inf
-    if kept.sum() < 2:
-        return 0.0
+    if kept.sum() < max(3, len(row) / 2):
+        return math.nan  # a loss on a few of the steps says nothing about the others
     return float(np.exp(-np.polyfit(times[kept], np.log(row[kept]), 1)[0]))
 
 
 def recurrent_norm(module: nn.Module) -> float:
     """Largest singular value of the recurrent weights, of each gate alone."""
     gates = {"LSTM": 4, "GRU": 3}
-    count = next((n for kind, n in gates.items() if kind in type(module).__name__), 1)
+    count = gates.get(_class_of(module).removesuffix("Cell"), 1)
     largest = math.nan
     for name, weight in module.named_parameters(recurse=False):
         if name.startswith("weight_hh"):

@@ -31,15 +31,24 @@ def _silu_slope(x: Tensor) -> Tensor:
     return share * (1 + x * (1 - share))
 
 
+def _mish_slope(x: Tensor) -> Tensor:
+    inner = torch.tanh(F.softplus(x))
+    return inner + x * torch.sigmoid(x) * (1 - inner**2)
+
+
 def _between(low: float, high: float) -> Callable[[Tensor], Tensor]:
-    return lambda x: ((x > low) & (x < high)).to(torch.float32)
+    return lambda x: ((x > low) & (x < high)).to(x.dtype)
 
 
 # Slopes over their largest (or asymptotic) value. Leaky functions are never flat.
 _SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": lambda x: (x > 0).to(torch.float32),
+    "relu": lambda x: (x > 0).to(x.dtype),
     "relu6": _between(0.0, 6.0),
     "hardtanh": _between(-1.0, 1.0),
+    "hardsigmoid": _between(-3.0, 3.0),
+    "hardswish": lambda x: torch.where(x.abs() < 3, x / 3 + 0.5, (x > 0).to(x.dtype)),
+    "mish": _mish_slope,
+    "celu": lambda x: torch.exp(x.clamp(max=0)),
     "tanh": lambda x: 1 - torch.tanh(x) ** 2,
     "sigmoid": lambda x: 4 * torch.sigmoid(x) * (1 - torch.sigmoid(x)),
     "elu": lambda x: torch.exp(x.clamp(max=0)),
@@ -60,12 +69,40 @@ _ACTIVATIONS: dict[Any, str] = {
     F.softplus: "softplus",
     F.gelu: "gelu",
     F.silu: "silu",
-    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
+    F.mish: "mish",
+    F.hardswish: "hardswish",
+    F.hardsigmoid: "hardsigmoid",
+    **dict.fromkeys((F.celu, torch.celu, torch.celu_), "celu"),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_, F.prelu, torch.prelu, F.rrelu), "leaky_relu"),
+    **dict.fromkeys((torch.clamp, Tensor.clamp, Tensor.clamp_, torch.clip, Tensor.clip), "clamp"),
+    **dict.fromkeys((torch.clamp_min, Tensor.clamp_min, Tensor.clamp_min_), "clamp"),
 }
 _NORMALISATIONS = {
     F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.local_response_norm,
     getattr(F, "rms_norm", F.layer_norm),
 }  # fmt: skip
+
+
+def _identified(
+    function: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, Callable[[Tensor], Tensor] | None] | None:
+    """The function that a call amounts to, and its slope; None for clamps that are no ReLU."""
+    first = args[1] if len(args) > 1 else None
+    second = args[2] if len(args) > 2 else None
+    if function == "clamp":
+        low, high = kwargs.get("min", first), kwargs.get("max", second)
+        is_relu = isinstance(low, (int, float)) and low == 0 and high is None
+        return ("relu", _SLOPES["relu"]) if is_relu else None
+    if function == "hardtanh":
+        # nn.ReLU6 calls it with its own bounds.
+        low = float(kwargs.get("min_val", -1.0 if first is None else first))
+        high = float(kwargs.get("max_val", 1.0 if second is None else second))
+        name = "relu6" if low == 0 and high == 6 else "hardtanh"
+        return name, _between(low, high)
+    if function == "softplus":
+        beta = float(kwargs.get("beta", 1.0 if first is None else first))
+        return function, lambda x: torch.sigmoid(beta * x)
+    return function, _SLOPES.get(function)
 
 
 @dataclass
@@ -80,15 +117,17 @@ class Use:
     count: int = 0
     always_flat: Tensor | None = None  # by unit
 
-    def add(self, x: Tensor, axis: int) -> None:
+    def add(self, x: Tensor, axis: int, slope: Callable[[Tensor], Tensor] | None) -> None:
         """Add the inputs of one call."""
         x = x.detach()
-        self.squares = self.squares + x.to(torch.float32).square().sum()
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        self.squares = self.squares + x.double().square().sum()
         self.count += x.numel()
-        slope = _SLOPES.get(self.function)
-        flat = torch.zeros_like(x, dtype=torch.bool) if slope is None else slope(x.float()) <= _FLAT
+        flat = torch.zeros_like(x, dtype=torch.bool) if slope is None else slope(x) <= _FLAT
         self.flat = self.flat + flat.sum()
-        units = flat.movedim(axis, 0).flatten(1).all(dim=1) if x.ndim > 1 else flat
+        if x.ndim < 2:
+            return  # samples, and no units
+        units = flat.movedim(axis, 0).flatten(1).all(dim=1)
         before = self.always_flat
         if before is not None and before.shape == units.shape:
             units = units & before
@@ -123,7 +162,7 @@ class Watch(TorchFunctionMode):
     uses : dict of str to Use
     layers : dict of str to Layer
     times : dict of str to Times
-    unwatched : list of str
+    unwatched : list of (str, str)
         Recurrent layers whose gradients could not be followed, with the reason.
     """
 
@@ -133,7 +172,7 @@ class Watch(TorchFunctionMode):
         self.uses: dict[str, Use] = {}
         self.layers: dict[str, Layer] = {}
         self.times: dict[str, Times] = {}
-        self.unwatched: list[str] = []
+        self.unwatched: list[tuple[str, str]] = []
         self._stack: list[str] = []
         self._order = 0
         self._in_pass: Counter[str] = Counter()
@@ -156,10 +195,13 @@ class Watch(TorchFunctionMode):
         if name is not None or func in _NORMALISATIONS:
             subject = args[0] if args else kwargs.get("input")
             if isinstance(subject, Tensor):
-                self._follows(subject, name or "normalisation")
-                if name is not None and subject.ndim and subject.numel():
+                found = None if name is None else _identified(name, args, kwargs)
+                if found is not None or name is None:
+                    self._follows(subject, found[0] if found else "normalisation")
+                real = subject.dtype.is_floating_point
+                if found is not None and real and subject.ndim and subject.numel():
                     with torch.no_grad():
-                        self._note(name, subject)
+                        self._note(*found, subject)
         return func(*args, **kwargs)
 
     def _follows(self, subject: Tensor, what: str) -> None:
@@ -167,7 +209,9 @@ class Watch(TorchFunctionMode):
         if reference is not None and layer is not None and reference() is subject:
             layer.followed_by = layer.followed_by or what
 
-    def _note(self, function: str, subject: Tensor) -> None:
+    def _note(
+        self, function: str, slope: Callable[[Tensor], Tensor] | None, subject: Tensor
+    ) -> None:
         place = self._stack[-1] if self._stack else ""
         self._in_pass[place] += 1
         count = self._in_pass[place]
@@ -178,8 +222,9 @@ class Watch(TorchFunctionMode):
             use = self.uses[name] = Use(name, function, self._order, zero, zero)
         self._order += 1
         convolutional = isinstance(self._last_layer, nn.modules.conv._ConvNd)
-        axis = 1 if subject.ndim > 3 or (subject.ndim == 3 and convolutional) else -1
-        use.add(subject, axis)
+        # As the last layer has them; without one, as images have them.
+        by_channel = convolutional or (self._last_layer is None and subject.ndim > 3)
+        use.add(subject, 1 if by_channel and subject.ndim > 2 else -1, slope)
 
     # -- modules ----------------------------------------------------------------------------
 
@@ -198,9 +243,10 @@ class Watch(TorchFunctionMode):
                 )
                 stack.callback(
                     called.register_forward_hook(
-                        lambda _, args, out, name=name, inner=inner: self._left(
-                            name, inner, args, out
-                        )
+                        lambda _, args, kwargs, out, name=name, inner=inner: self._left(
+                            name, inner, (*args, *kwargs.values()), out
+                        ),
+                        with_kwargs=True,
                     ).remove
                 )
             yield
@@ -233,13 +279,18 @@ class Watch(TorchFunctionMode):
         if not isinstance(sequence, Tensor) or sequence.ndim != 3:
             self._unwatched(name, "its input is no tensor of (batch, time, features)")
             return
+        if module.bidirectional:
+            self._unwatched(name, "it runs in both directions of time")
+            return
         if not sequence.requires_grad:
             self._unwatched(name, "no gradient reaches its input")
             return
         others = (0, 2) if module.batch_first else (1, 2)
         times = self._times(name)
 
-        def note(gradient: Tensor) -> None:
+        def note(gradient: Tensor | None) -> None:
+            if gradient is None:
+                return
             times.batches.append(gradient.detach().double().square().sum(dim=others).sqrt())
 
         sequence.register_hook(note)
@@ -250,12 +301,14 @@ class Watch(TorchFunctionMode):
         if isinstance(hidden, Tensor) and hidden.requires_grad:
             norms = self._cells.setdefault(name, [])
             self._times(name)
+
             # Called from the last step to the first.
-            hidden.register_hook(
-                lambda gradient: norms.append(gradient.detach().double().norm()) or None  # type: ignore[func-returns-value]
-            )
+            def note(gradient: Tensor | None) -> None:
+                if gradient is not None:
+                    norms.append(gradient.detach().double().norm())
+
+            hidden.register_hook(note)
 
     def _unwatched(self, name: str, reason: str) -> None:
-        text = f"{name or 'the model'}: {reason}"
-        if text not in self.unwatched:
-            self.unwatched.append(text)
+        if (name, reason) not in self.unwatched:
+            self.unwatched.append((name, reason))

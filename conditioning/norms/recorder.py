@@ -327,9 +327,12 @@ class Recorder:
     def _gradient_hook(self, port: Port) -> Callable[[Tensor], None]:
         epoch = self._epoch
 
-        def on_gradient(gradient: Tensor) -> None:
-            # A hook that returns something would replace the gradient.
-            if self._epoch == epoch and self._active and not _transformed(gradient):
+        def on_gradient(gradient: Tensor | None) -> None:
+            # A hook that returns something would replace the gradient. Of an output that takes no
+            # part autograd may pass none.
+            if gradient is None or self._epoch != epoch or not self._active:
+                return
+            if not _transformed(gradient):
                 self._note(port, gradient)
 
         return _uncompiled(on_gradient)
@@ -347,8 +350,10 @@ class Recorder:
         epoch, known, reference = self._epoch, base._version, weakref.ref(base)
         place = (tensor.size(), tensor.stride(), tensor.storage_offset() - base.storage_offset())
 
-        def on_gradient(gradient: Tensor) -> None:
-            if self._epoch != epoch or not self._active or _transformed(gradient):
+        def on_gradient(gradient: Tensor | None) -> None:
+            if gradient is None or self._epoch != epoch or not self._active:
+                return
+            if _transformed(gradient):
                 return
             alive = reference()
             untouched = alive is not None and alive._version == known

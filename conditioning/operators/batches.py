@@ -133,7 +133,7 @@ class Batches:
                 f"torch.utils.data.DataLoader(dataset, batch_size=...)."
             )
             raise BatchFormatError(msg)
-        if hasattr(data, "__len__") and not self.single and len(data) == 0:
+        if not self.single and _is_empty(data):
             _raise_empty()
         if isinstance(data, list) and len(data) == 1:
             self.single = True
@@ -252,6 +252,13 @@ def _refuse_lone_inputs(data: Any) -> None:
             f"None). Several inputs: ((a, b), targets) or ({{'name': a}}, targets)."
         )
         raise BatchFormatError(msg)
+
+
+def _is_empty(data: Any) -> bool:
+    try:
+        return len(data) == 0
+    except TypeError:  # a DataLoader over an IterableDataset has a length that cannot be asked for
+        return False
 
 
 def _raise_empty() -> None:

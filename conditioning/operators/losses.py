@@ -18,7 +18,13 @@ from conditioning.errors import (
 from conditioning.memory import available_bytes
 from conditioning.operators import checks
 from conditioning.operators.base import LinearOperator
-from conditioning.operators.batches import Batches, call_with, tensors_in, to_device
+from conditioning.operators.batches import (
+    Batches,
+    call_with,
+    map_tensors,
+    tensors_in,
+    to_device,
+)
 from conditioning.operators.graphs import BlockEngine, LossGraph
 from conditioning.operators.guards import (
     BufferGuard,
@@ -206,7 +212,8 @@ class LossOperator(LinearOperator):
             buffers or BufferGuard(self._modules),
             watch or contextlib.nullcontext(),
         ):
-            return self._graph(to_device(batch, self.device))
+            # A model that works in place from its first layer on would change the caller's data.
+            return self._graph(map_tensors(_own, to_device(batch, self.device)))
 
     def _forward(self, batch: Any) -> tuple[Any, Any]:
         """Return outputs and targets of a batch; the loss and ``None`` without a ``loss_fn``."""
@@ -373,6 +380,10 @@ class LossOperator(LinearOperator):
         self._size_up()
         # Without kept graphs every block costs a pass over the data.
         return max(64, self._engine.chunk) if self._keep else 256
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_floating_point() else tensor
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
