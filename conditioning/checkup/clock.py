@@ -66,6 +66,15 @@ class Clock:
         """Whether nothing is left."""
         return self.seconds_left() <= 0 or self.matvecs_left() <= 0
 
+    @property
+    def remedy(self) -> str:
+        """What would have gone on longer."""
+        if self._seconds is None:
+            return "the products ended before: give more (num_matvecs)"
+        if self._num_matvecs is None or self.seconds_left() < 0.1 * self._seconds:
+            return "the budget ended before: give more seconds"
+        return "the budget ended before: give more seconds or products (num_matvecs)"
+
     def deadline(self, share: float) -> Deadline:
         """The end of a share of what is left."""
         return Deadline(self, time.monotonic() + self.seconds_left(share))
@@ -95,6 +104,11 @@ class Deadline:
     def __init__(self, clock: Clock, end: float) -> None:
         self._clock = clock
         self._end = end
+
+    @property
+    def left(self) -> float:
+        """Seconds until then; infinite without a limit."""
+        return max(self._end - time.monotonic(), 0.0)
 
     def __call__(self) -> bool:
         """Whether the time is over."""

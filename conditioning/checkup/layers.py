@@ -16,6 +16,7 @@ from conditioning.checkup.watch import Layer
 from conditioning.errors import ConditioningError
 from conditioning.procrustes.layers import is_layer
 from conditioning.singular import SingularValues, singular_values
+from conditioning.singular.geometry import geometry_of
 
 _SHARE = 0.2  # of the time that is left
 _MATVECS = 400  # for each layer whose values are not to be had at once
@@ -104,11 +105,11 @@ def _measured(layer: Layer) -> SingularValues | str:
 
 def _reading(layer: Layer, role: str, found: SingularValues | str | None) -> LayerReading:
     inputs, gain = weight_scale(layer.module)
-    taken, returned = _channels(layer.module)
     known = found if isinstance(found, SingularValues) else None
     return LayerReading(
         layer.name, type(layer.module).__name__, role, layer.order, inputs, gain,
-        layer.followed_by, known.largest if known else None, known.smallest if known else None,
-        known.operator if known else "", math.sqrt(returned / taken),
+        layer.followed_by, known.largest if known else None,
+        (known.smallest_nonzero or known.smallest) if known else None,
+        known.operator if known else "", geometry_of(layer.module).gains[0],
         known.status if known else "not measured" if role == "transition" else "",
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,12 +22,24 @@ _TAU = "Zhang, Yu, Yi, Chen, Liu, arXiv:1903.07120"
 
 
 def predictions(
-    blocks: Sequence[BlockReading], layers: Sequence[LayerReading]
+    blocks: Sequence[BlockReading], layers: Sequence[LayerReading], *, same_samples: bool
 ) -> tuple[Prediction, ...]:
-    """All predictions that apply to the blocks and layers that were measured."""
-    return tuple(
-        found for part in (_bands(blocks), _growth(blocks), _transitions(layers)) for found in part
-    )
+    """All predictions that apply to the blocks and layers that were measured.
+
+    Parameters
+    ----------
+    blocks, layers
+    same_samples : bool
+        Whether ratios and Jacobians were measured on the same samples: else nothing that is said
+        of the ones by the others is refuted.
+    """
+    bands = list(_bands(blocks))
+    if not same_samples:
+        bands = [
+            replace(band, agrees="not decided") if band.agrees == "outside" else band
+            for band in bands
+        ]
+    return (*bands, *_growth(blocks), *_transitions(layers))
 
 
 def _compared(measured: Estimate, low: float, high: float) -> str:
@@ -131,6 +144,6 @@ def _transitions(layers: Sequence[LayerReading]) -> Iterator[Prediction]:
             f"singular values of the transition {layer.name}: all {layer.target:.4g} within 1 %",
             low, high, measured, agrees,
             f"{_NORM_PRESERVATION}, section 4 (Procrustes ResNets)",
-            "the range is that of all singular values; a single value, √(c_out / c_in), keeps the "
-            "norm of gradients that point anywhere",
+            "the range is that of the singular values that are not zero by structure; if all are "
+            "this one, random gradients keep their norm in the mean",
         )  # fmt: skip

@@ -148,11 +148,14 @@ class LayerReading(Result):
         The activation function that what the layer returns goes straight into, or
         ``"normalisation"``; empty where it is something else.
     largest, smallest : Estimate or None
-        Singular values of the layer as it runs, measured for transitions; ``None`` elsewhere.
+        Singular values of the layer as it runs, measured for transitions; ``None`` elsewhere. The
+        smallest is the smallest that is not zero to rounding where all are known: a stride leaves
+        zeros behind.
     operator : str
         What they belong to; empty where there are none.
     target : float or None
-        The singular value with which random gradients keep their norm, sqrt(c_out / c_in).
+        The common singular value with which random gradients keep their norm,
+        ``sqrt(n_out / rank)``, as :class:`conditioning.Procrustes` sets it.
     status : str
     """
 

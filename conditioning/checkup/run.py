@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from conditioning.blocks import Block, Blocks, block_jacobians, select_blocks
+from conditioning.blocks import Blocks, select_blocks
 from conditioning.blocks.record import refuse_lazy
 from conditioning.blocks.wrappers import unwrapped
 from conditioning.checkup.clock import Clock
 from conditioning.checkup.findings import find
+from conditioning.checkup.jacobians import read_jacobians
 from conditioning.checkup.layers import read_layers
 from conditioning.checkup.passes import Passes, run_passes
 from conditioning.checkup.predictions import predictions
@@ -30,20 +31,20 @@ from conditioning.checkup.spectra import read_spectrum, step_size
 from conditioning.checkup.steady import steady
 from conditioning.errors import (
     BlockSelectionError,
-    ConditioningError,
     InvalidArgumentError,
     NoTrainableParametersError,
 )
 from conditioning.operators import GaussNewtonOperator, HessianOperator
-from conditioning.operators.batches import Batches, map_tensors, to_device
+from conditioning.operators.batches import Batches, to_device
 from conditioning.operators.guards import isolated_randomness
+from conditioning.operators.modules import join_names
+from conditioning.operators.parameters import select_parameters
 
-_HESSIAN, _JACOBIANS = 0.5, 0.6  # of what is left when it is their turn
-_JACOBIAN_MATVECS = 200  # for each block
+_HESSIAN = 0.5  # of the budget
+_FEWEST = 20  # products with which a spectrum says something
 # Passes over the data that an operator's checks and twenty products cost, in forward and backward
 # passes like that of the norms.
 _LEAST_COST = 60
-_ENTRIES = 40_000  # of a stream: Jacobians are taken on as few samples as this needs
 
 
 def checkup(
@@ -162,6 +163,7 @@ class _Examination:
     missing: list[Missing] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
+    samples: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -191,55 +193,84 @@ class _Examination:
             raise NoTrainableParametersError(msg)
         self.device = self.parameters[0].device
         self.batches = Batches(self.data, paired=self.loss_fn is not None)
+        if self.params is not None:
+            select_parameters({"": self.model}, self.params)  # a mistake is said before the run
 
     def run(self) -> Checkup:
-        with steady(self.model) as self.mode:
+        """All stages, the model as in its own mode but without chance.
+
+        Models that compute something else in training mode are given only so much of evaluation
+        mode as takes the chance out.
+        """
+        try:
+            return self._run(gently=False)
+        except KeyboardInterrupt:
+            raise
+        except Exception:
+            if not self.model.training or hasattr(self, "passes"):
+                raise
+        return self._run(gently=True)
+
+    def _run(self, *, gently: bool) -> Checkup:
+        with steady(self.model, gently=gently) as self.mode:
             # Every pass over shuffled data begins in one random state, so it sees the same batches.
             with isolated_randomness(self.batches.generators()):
                 first = to_device(next(iter(self.batches)), self.device)
             self.inputs = first[0] if self.loss_fn is not None else (first,)
             self.first = first
-            self.blocks = self._find_blocks()
+            with self.clock.stage("blocks"):
+                self.blocks = self._find_blocks()
             self.passes = run_passes(
-                self.model,
-                self.loss_fn,
-                self.batches,
-                self.blocks,
-                self.parameters,
-                self.inputs,
+                self.model, self.loss_fn, self.batches, self.blocks, self.parameters, self.inputs,
                 self.clock,
-            )
+            )  # fmt: skip
             self.readings = self.passes.blocks
             self.interrupted = self.passes.interrupted
-            if not self.passes.complete:
-                self.missing.append(
-                    Missing(
-                        "norms on the other batches",
-                        f"the time was enough for {self.passes.num_batches}: give more seconds"
-                        if not self.interrupted
-                        else "it was interrupted",
-                    )
-                )
-            finite = math.isfinite(self.passes.loss.value) and math.isfinite(
-                self.passes.gradient_norm.value
-            )
-            stages = [self._spectra, self._layers, self._jacobians, self._second_spectrum]
-            if not finite:
-                stages = [self._layers]
+            self.missing += [*self._unseen(), *self.passes.missing]
+            stages = {
+                "spectrum of the Hessian matrix": self._spectra,
+                "layers": self._layers,
+                "Jacobians of the blocks": self._jacobians,
+                "spectrum of the Gauss-Newton matrix": self._second_spectrum,
+            }
+            if not self._finite:
                 reason = "the loss or its gradient is not finite"
-                self.missing += [
-                    Missing(what, reason) for what in ("spectra", "Jacobians of the blocks")
-                ]
-            for stage in stages:
+                self.missing += [Missing(what, reason) for what in stages if what != "layers"]
+                stages = {"layers": self._layers}
+            for what, stage in stages.items():
                 if self.interrupted:
-                    self._skip(stage.__name__)
+                    self.missing.append(Missing(what, "it was interrupted"))
                     continue
                 try:
                     stage()
                 except KeyboardInterrupt:
                     self.interrupted = True
-                    self._skip(stage.__name__)
+                    self.missing.append(Missing(what, "it was interrupted"))
+                except Exception as error:
+                    # What is known already is not lost to one stage that fails.
+                    self.missing.append(Missing(what, f"it failed with {error!r}"))
             return self._report(self.passes)
+
+    @property
+    def _finite(self) -> bool:
+        passes = self.passes
+        return math.isfinite(passes.loss.value) and math.isfinite(passes.gradient_norm.value)
+
+    def _unseen(self) -> Iterator[Missing]:
+        """What the passes left out."""
+        passes = self.passes
+        if not passes.complete:
+            why = f"the time was enough for {passes.num_batches}: give more seconds"
+            yield Missing(
+                "norms on the other batches", "it was interrupted" if passes.interrupted else why
+            )
+        without = [b.name for b in passes.blocks if math.isnan(b.ratio.value)]
+        if without and self._finite:
+            yield Missing(
+                f"ratios of {join_names(without)}",
+                "no gradient comes to their input or output: what is before them is frozen, or "
+                "they take no part in the loss",
+            )
 
     # -- stages -------------------------------------------------------------------------------
 
@@ -256,25 +287,25 @@ class _Examination:
         self.hessian = self._spectrum(HessianOperator, _HESSIAN)
 
     def _second_spectrum(self) -> None:
-        if self.clock.is_out:
-            self.clock.reached = True
-            self._skip("_second_spectrum", "the budget ended before: give more seconds")
-        elif self.loss_fn is None:
-            self._skip("_second_spectrum", "it needs loss_fn apart from the model: pass both")
+        if self.loss_fn is None:
+            reason = "it needs loss_fn apart from the model: pass both"
+            self.missing.append(Missing("spectrum of the Gauss-Newton matrix", reason))
         else:
             self.gauss_newton = self._spectrum(GaussNewtonOperator, 1.0)
 
     def _spectrum(self, kind: Any, share: float) -> SpectrumReading | None:
-        needed = self.passes.seconds * _LEAST_COST
-        if needed > max(self.clock.seconds_left(), 0.0):
+        what = f"spectrum of the {'Hessian' if kind is HessianOperator else 'Gauss-Newton'} matrix"
+        needed, left = self.passes.seconds * _LEAST_COST, self.clock.seconds_left()
+        if needed > left or self.clock.matvecs_left(share) < _FEWEST:
             # Twenty products would take longer than all that is left: said at once.
             self.clock.reached = True
-            name = "Hessian" if kind is HessianOperator else "Gauss-Newton"
-            reason = (
-                f"twenty products need about {needed:.0f} seconds, the budget has "
-                f"{self.clock.seconds_left():.0f} left: give more seconds, or fewer samples"
-            )
-            self.missing.append(Missing(f"spectrum of the {name} matrix", reason))
+            reason = self.clock.remedy
+            if needed > left:
+                reason = (
+                    f"twenty products need about {needed:.2g} seconds, the budget has {left:.2g} "
+                    f"left: give more seconds, or fewer samples"
+                )
+            self.missing.append(Missing(what, reason))
             return None
         found = read_spectrum(
             kind, (self.model, self.loss_fn, self.data), {"params": self.params}, self.clock,
@@ -290,83 +321,19 @@ class _Examination:
         self.missing += missing
 
     def _jacobians(self) -> None:
-        """One block after the other, in an order that covers the depth early."""
         if self.blocks is None:
             return
-        inputs, samples = self._few_samples()
-        known = {block.label: block for block in self.blocks}
-        names = list(dict.fromkeys(reading.name.split("#")[0] for reading in self.readings))
-        order = [names[i] for i in spread(len(names))]
-        order.sort(key=lambda name: known[name].kind != "transition")
-        end, left = self.clock.deadline(_JACOBIANS), []
-        products = self.clock.matvecs_left(_JACOBIANS)
-        with self.clock.stage("Jacobians", total=len(order), unit=" blocks") as bar:
-            for done, name in enumerate(order):
-                if self.interrupted or end() or products < 20:
-                    left.append(name)
-                    continue
-                calls = sum(r.name.split("#")[0] == name for r in self.readings)
-                fair = products // ((len(order) - done) * calls)
-                allowed = min(_JACOBIAN_MATVECS, max(fair, 20))
-                try:
-                    products -= self._one_jacobian(inputs, known[name], allowed)
-                except KeyboardInterrupt:
-                    self.interrupted = True
-                    left.append(name)
-                bar.update()
-        if samples:
-            self.notes.append(f"Jacobians of blocks on the first {samples} samples")
-        if left:
-            why = "it was interrupted" if self.interrupted else "the budget ended before"
-            self.missing.append(
-                Missing(
-                    f"Jacobians of {len(left)} of {len(order)} blocks", f"{why}: give more seconds"
-                )
-            )
-
-    def _one_jacobian(self, inputs: Any, block: Block, allowed: int) -> int:
-        name = block.label
-        try:
-            found = block_jacobians(
-                self.model, inputs, Blocks([block]), max_matvecs=allowed,
-                seed=self.seed, progress=False,
-            )  # fmt: skip
-        except ConditioningError as error:
-            self.missing.append(Missing(f"Jacobian of {name}", str(error)))
-            return 0
-        by_call = {name + (f"#{j.call}" if j.call else ""): j for j in found}
-        self.readings = tuple(
-            replace(reading, jacobian=by_call[reading.name]) if reading.name in by_call else reading
-            for reading in self.readings
-        )
-        self.clock.num_matvecs += found.num_matvecs
-        return found.num_matvecs
-
-    def _few_samples(self) -> tuple[Any, int]:
-        """The inputs of the first samples, as many as keep the widest stream small."""
-        assert self.blocks is not None
-        size = self.batches.size_or(self.first, 0.0)
-        widest = max(
-            (math.prod(s) for b in self.blocks for s in (b.input_shape, b.output_shape) if s),
-            default=0,
-        )
-        if self.mode.couples_samples or size < 2 or widest <= _ENTRIES:
-            return self.inputs, 0
-        count = max(int(size * _ENTRIES / widest), 1)
-
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor[:count] if tensor.ndim and len(tensor) == size else tensor
-
-        return map_tensors(cut, self.inputs), count
-
-    def _skip(self, stage: str, reason: str = "it was interrupted") -> None:
-        what = {
-            "_spectra": "spectrum of the Hessian matrix",
-            "_second_spectrum": "spectrum of the Gauss-Newton matrix",
-            "_layers": "layers",
-            "_jacobians": "Jacobians of the blocks",
-        }[stage]
-        self.missing.append(Missing(what, reason))
+        found = read_jacobians(
+            self.model, self.inputs, self.blocks, self.readings, self.clock,
+            num_samples=self.batches.size_or(self.first, 0.0),
+            may_cut=not self.mode.couples_samples,
+            pass_seconds=self.passes.seconds / max(self.passes.num_batches, 1), seed=self.seed,
+        )  # fmt: skip
+        self.readings, self.samples = found.readings, found.samples
+        self.missing += found.missing
+        self.interrupted |= found.interrupted
+        if found.samples:
+            self.notes.append(f"Jacobians of blocks on the first {found.samples} samples")
 
     # -- the result ---------------------------------------------------------------------------
 
@@ -377,13 +344,17 @@ class _Examination:
         elif self.clock.reached:
             status = "out of budget"
         steps = None
-        if self.hessian is not None:
+        if self.hessian is not None and self.hessian.size < sum(p.numel() for p in self.parameters):
+            reason = "the Hessian is that of a part of the parameters: leave out params="
+            self.missing.append(Missing("largest stable step", reason))
+        elif self.hessian is not None:
             steps = step_size(self.hessian, self.learning_rate, self.momentum)
+        same = passes.num_batches == 1 and not self.samples
         report = Checkup(
             self._setting(passes), status, passes.loss, passes.gradient_norm, passes.product,
             passes.mean_deviation, passes.nonfinite, self.readings, passes.activations, self.layers,
             passes.recurrent, self.hessian, self.gauss_newton, steps,
-            predictions(self.readings, self.layers), (), tuple(self.missing),
+            predictions(self.readings, self.layers, same_samples=same), (), tuple(self.missing),
             {**self.clock.spent, "total": self.clock.elapsed}, self.clock.num_matvecs,
         )  # fmt: skip
         return replace(report, findings=find(report))
@@ -410,17 +381,3 @@ def _name_of(loss_fn: Any) -> str:
     if loss_fn is None:
         return "returned by the model"
     return str(getattr(loss_fn, "__name__", type(loss_fn).__name__))
-
-
-def spread(count: int) -> Iterator[int]:
-    """0 ... count - 1 in an order of which every beginning covers the range: ends, then middles."""
-    seen: set[int] = set()
-    step = max(count - 1, 1)
-    while len(seen) < count:
-        for place in range(0, count, max(step, 1)):
-            if place not in seen:
-                seen.add(place)
-                yield place
-        if step == 1:
-            break
-        step = max(step // 2, 1)

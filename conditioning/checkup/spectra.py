@@ -20,7 +20,7 @@ from conditioning.operators.losses import LossOperator
 from conditioning.spectrum import Estimate, SpectrumSurvey, survey
 from conditioning.spectrum.common import dense_fits
 
-_FEWEST = 20  # products with which a survey says something
+_FEWEST = 12  # products of the smallest survey
 _MOST = 2000
 _BLOCK = 16
 _CURVE = 400  # points of a density that are kept
@@ -90,26 +90,29 @@ def read_spectrum(
 def _plan(operator: LossOperator, clock: Clock, share: float) -> tuple[int, bool]:
     """How many products there is room for, and whether all eigenvalues are."""
     size = operator.shape[0]
-    allowed = min(clock.matvecs_left(share), _MOST)
+    # The operator's own checks count.
+    limit = max(clock.matvecs_left(share) - operator.num_matvecs, _FEWEST)
     seconds = clock.seconds_left(share)
     if math.isinf(seconds):
-        room = max(allowed, _FEWEST)
-        limit = clock.matvecs_left(share)
-        return max(room, min(size, limit)), size <= limit and dense_fits(operator)
+        dense = size <= limit and dense_fits(operator)
+        return max(size if dense else min(limit, _MOST), _FEWEST), dense
     generator = torch.Generator(device=operator.device).manual_seed(0)
     block = torch.randn(
         size, min(_BLOCK, size), generator=generator, device=operator.device, dtype=torch.float64
     )
     # The first product warms up.
     single = min(_timed(operator, block[:, 0]), _timed(operator, block[:, 0]))
-    if size > 1 and dense_fits(operator):
+    limit = max(limit - 2, _FEWEST)
+    room = min(int(seconds / max(1.3 * single, 1e-6)), _MOST, limit)
+    if size > 1 and size + 2 * block.shape[1] <= limit and dense_fits(operator):
         # The first block also finds out which engine is the faster one.
         together = min(_timed(operator, block), _timed(operator, block)) / block.shape[1]
         whole = size * together + _EIGH * size**3
-        if whole <= seconds / 2 and size <= clock.matvecs_left(share):
+        if whole <= seconds / 2:
             return max(size, _FEWEST), True
+        room = min(room, limit - 2 * block.shape[1])
     # Products are most of the cost of a step, reorthogonalisation is the rest.
-    return max(min(int(seconds / max(1.3 * single, 1e-6)), allowed), _FEWEST), False
+    return max(room, _FEWEST), False
 
 
 def _timed(operator: LossOperator, vectors: torch.Tensor) -> float:

@@ -24,12 +24,18 @@ class Mode:
 
 
 @contextlib.contextmanager
-def steady(model: nn.Module) -> Iterator[Mode]:
+def steady(model: nn.Module, *, gently: bool = False) -> Iterator[Mode]:
     """Run a model as in its own mode, but so that it returns the same twice; restored after.
 
     In training mode batch normalisation takes the statistics of the batch, as in training, but
     leaves the running ones alone; dropout and all else that ``eval()`` switches is off. In
     evaluation mode nothing changes.
+
+    Parameters
+    ----------
+    model : nn.Module
+    gently : bool
+        Switch only the modules that are known to be random.
 
     Yields
     ------
@@ -37,6 +43,9 @@ def steady(model: nn.Module) -> Iterator[Mode]:
     """
     modules = list(model.modules())
     random = random_modules({"": model})
+    names = [text.rsplit(" (", 1)[0] for text in random]
+    inside = dict(model.named_modules())
+    chancy = {id(inside.get(name, model)) for name in names}
     norms: list[Any] = [module for _, module in tracking_norms({"": model})]
     by_batch = any(
         isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
@@ -54,7 +63,8 @@ def steady(model: nn.Module) -> Iterator[Mode]:
         stack.enter_context(uncompiled(model))
         for module in modules:
             stack.callback(setattr, module, "training", module.training)
-            module.training = False
+            if not gently or id(module) in chancy:
+                module.training = False
         for module in norms:
             stack.callback(setattr, module, "track_running_stats", module.track_running_stats)
             module.training, module.track_running_stats = True, False
