@@ -15,7 +15,6 @@ from conditioning.checkup.readings import BlockReading, Missing
 from conditioning.errors import ConditioningError
 from conditioning.operators.batches import map_tensors
 
-_SHARE = 0.6  # of what is left
 _MOST = 200  # products for each block
 _FEWEST = 20  # with fewer nothing is learnt
 _ENTRIES = 40_000  # of a stream: as few samples are taken as this needs
@@ -45,6 +44,7 @@ def read_jacobians(
     num_samples: float,
     may_cut: bool,
     pass_seconds: float,
+    share: float,
     seed: int,
 ) -> Jacobians:
     """Measure the extreme singular values of every block, in an order that covers the depth early.
@@ -63,6 +63,8 @@ def read_jacobians(
         Whether samples do not see each other, so that some of them are as good as all.
     pass_seconds : float
         That a forward and backward pass through the whole model takes.
+    share : float
+        Of what is left of the budget.
     seed : int
     """
     result = Jacobians(tuple(readings))
@@ -71,8 +73,8 @@ def read_jacobians(
     names = list(dict.fromkeys(reading.name.split("#")[0] for reading in readings))
     order = [names[i] for i in spread(len(names))]
     order.sort(key=lambda name: known[name].kind != "transition")
-    end, left = clock.deadline(_SHARE), []
-    products = clock.matvecs_left(_SHARE)
+    end, left = clock.deadline(share), []
+    products = clock.matvecs_left(share)
     cost = _FIRST_COST * pass_seconds / max(len(order), 1)
     with clock.stage("Jacobians", total=len(order), unit=" blocks") as bar:
         for done, name in enumerate(order):

@@ -40,7 +40,7 @@ from conditioning.operators.guards import isolated_randomness
 from conditioning.operators.modules import join_names
 from conditioning.operators.parameters import select_parameters
 
-_HESSIAN = 0.5  # of the budget
+_HESSIAN, _JACOBIANS = 0.5, 0.6  # of what is left when it is their turn
 _FEWEST = 20  # products with which a spectrum says something
 # Passes over the data that an operator's checks and twenty products cost, in forward and backward
 # passes like that of the norms.
@@ -323,10 +323,14 @@ class _Examination:
     def _jacobians(self) -> None:
         if self.blocks is None:
             return
+        # What the last matrix has no use for is theirs.
+        after = self.passes.seconds * _LEAST_COST
+        wanted = self.loss_fn is not None and after <= self.clock.seconds_left(1 - _JACOBIANS)
         found = read_jacobians(
             self.model, self.inputs, self.blocks, self.readings, self.clock,
             num_samples=self.batches.size_or(self.first, 0.0),
             may_cut=not self.mode.couples_samples,
+            share=_JACOBIANS if wanted else 1.0,
             pass_seconds=self.passes.seconds / max(self.passes.num_batches, 1), seed=self.seed,
         )  # fmt: skip
         self.readings, self.samples = found.readings, found.samples

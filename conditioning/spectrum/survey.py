@@ -24,6 +24,7 @@ from conditioning.spectrum.results import ConditionNumber, Estimate, Result, Sta
 _CHUNK = 10  # steps between two looks at the clock
 _PROBE_STEPS = 80  # resolution of the density, and of the ends to a hundredth or better
 _FEWEST_STEPS = 10
+_WIDE = 60  # products with which a second run is worth its place
 _TRACE_PROBES = 32
 _QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 
@@ -103,7 +104,7 @@ def survey(
         Whether to compute all eigenvalues. Default: if ``n`` is within ``max_matvecs``, and the
         matrix fits half of the free memory.
     num_probes : int
-        Random vectors at most, the first run included. They get half of the products.
+        Random vectors at most, the first run included. They get half of the products, from 60 on.
     zero_rtol, failure_probability
         As of :func:`condition_number`.
     seed : int or torch.Generator
@@ -145,7 +146,7 @@ def survey(
     if options.dense_is_open(taken) if dense is None else dense:
         return _from_all(taken, options, spent)
     walk = _Walk(taken, options, spent, should_stop or _never, progress or _ignore, seed)
-    walk.go_deep(max_matvecs // 2 if num_probes > 1 else max_matvecs)
+    walk.go_deep(max_matvecs // 2 if num_probes > 1 and max_matvecs >= _WIDE else max_matvecs)
     walk.take_trace(max_matvecs)
     walk.go_broad(num_probes, max_matvecs)
     return walk.result()
