@@ -132,5 +132,6 @@ def checkup(*, ratio=1.1, status="complete", findings=True):
         ),
         found if findings else (),
         (Missing("Jacobians of 2 blocks", "the budget of 60 seconds; give more"),),
-        {"norms": 1.0, "Jacobians": 20.0, "Hessian": 12.5, "Gauss-Newton": 12.5}, 1400,
+        {"norms": 1.0, "Jacobians": 20.0, "Hessian": 12.5, "Gauss-Newton": 12.5, "total": 47.5},
+        1400,
     )  # fmt: skip

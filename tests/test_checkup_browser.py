@@ -79,7 +79,7 @@ def test_the_numbers_in_the_dom_are_those_of_the_json(tmp_path):
 def test_nothing_leaves_the_page_at_any_width_and_links_stay_in_the_frame(tmp_path):
     frames = "".join(
         f'<div style="width:{width}px">{frame}</div>'
-        for frame in (notebook(deep(40), 800), notebook(broken(), 800))
+        for frame in (notebook(deep(26), 800), notebook(broken(), 800))
         for width in WIDTHS
     )
     file = tmp_path / "frames.html"

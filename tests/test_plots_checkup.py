@@ -57,10 +57,10 @@ def test_ratios_stand_in_the_reach_of_their_jacobians():
         transitions=[1], ringed=[2],
     )  # fmt: skip
     assert sorted(labels(ax)) == [
-        "problem", "ratio", "ratio, transition", "singular values of the Jacobian", "theory"
+        "problem", "ratio", "ratio, transition", "reach of the Jacobian", "theory"
     ]  # fmt: skip
     assert line(ax, "problem").tolist() == [[2, 0.5]]
-    bars = next(c for c in ax.collections if c.get_label().startswith("singular"))
+    bars = next(c for c in ax.collections if c.get_label().startswith("reach"))
     assert np.allclose([s[:, 1] for s in bars.get_segments()], [[0.5, 4.0], [1e-300, 1e9]])
     assert [s[0, 0] for s in bars.get_segments()] == [0, 2]
     points = {c.get_label(): c.lines[0].get_xydata().tolist() for c in ax.containers}

@@ -38,7 +38,7 @@ def drawings(report: Checkup, marks: Mapping[str, str]) -> dict[str, Drawing]:
     """
     found: list[Drawing] = []
     if report.blocks:
-        found += [_norms(report.blocks), _ratios(report, marks)]
+        found += [_norms(report), _ratios(report, marks)]
     if any(layer.largest is not None and layer.smallest is not None for layer in report.layers):
         found.append(_ranges(report.layers))
     if len(report.layers) > 1:
@@ -75,17 +75,21 @@ def _drawn(
         return Drawing(name, plots.to_svg(figure, name, title, description), caption)
 
 
-def _norms(blocks: Sequence[BlockReading]) -> Drawing:
+def _norms(report: Checkup) -> Drawing:
+    blocks = report.blocks
     names = [block.name for block in blocks]
+    label = "mean over the batches" if report.setting.num_batches > 1 else "norm, of one batch"
 
     def gradient(ax: Axes) -> None:
-        plots.plot_norms([b.grad_in for b in blocks], [b.grad_out for b in blocks], ax, names=names)
+        plots.plot_norms(
+            [b.grad_in for b in blocks], [b.grad_out for b in blocks], ax, names=names, label=label
+        )
         ax.set_ylabel("gradient norm")
 
     def activations(ax: Axes) -> None:
         plots.plot_norms(
             [b.act_in for b in blocks], [b.act_out for b in blocks], ax, names=names,
-            color=plots.SECOND,
+            color=plots.SECOND, label=label,
         )  # fmt: skip
         ax.set_ylabel("activation norm")
 
@@ -103,10 +107,7 @@ def _norms(blocks: Sequence[BlockReading]) -> Drawing:
 
 def _ratios(report: Checkup, marks: Mapping[str, str]) -> Drawing:
     blocks = report.blocks
-    reach = [
-        (b.jacobian.smallest.value, b.jacobian.largest.value) if b.jacobian is not None else None
-        for b in blocks
-    ]
+    reach = [_reach(block) for block in blocks]
     band = next(
         (
             (p.low, p.high)
@@ -128,14 +129,25 @@ def _ratios(report: Checkup, marks: Mapping[str, str]) -> Drawing:
         "ratios", "Ratio of gradient norms, block by block",
         f"A point for each of {len(blocks)} blocks, {_span(b.ratio.value for b in blocks)}; "
         f"bars for the Jacobians of {known} of them.",
-        "A ratio of 1 keeps the norm. A bar spans the singular values of the block's Jacobian on "
-        "the first batch: no gradient can leave it. A bar that meets the edge goes on beyond it."
+        "A ratio of 1 keeps the norm."
+        + (
+            " A bar encloses what the block's Jacobian on samples of the first batch allows: no "
+            "gradient of these samples can leave it. A bar that meets the edge goes on beyond it."
+            if known else ""
+        )
         + (
             " The band is what theory says of identity blocks."
             if band is not None and band[0] < band[1] else ""
         ),
         part, names=[b.name for b in blocks],
     )  # fmt: skip
+
+
+def _reach(block: BlockReading) -> tuple[float, float] | None:
+    """What the Jacobian allows a ratio to be, by the outer ends of its enclosures."""
+    if block.jacobian is None or any(map(math.isnan, block.jacobian.ratio_bounds)):
+        return None
+    return block.jacobian.ratio_bounds
 
 
 def _ranges(layers: Sequence[LayerReading]) -> Drawing:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from conditioning.checkup.drawings import drawings
 from conditioning.checkup.results import Checkup
+from conditioning.checkup.text import elapsed, spent_by_stage
 from conditioning.spectrum import ConditionNumber, Estimate
 
 _LONG = 24  # rows from which on a table scrolls in a box of its own
@@ -64,6 +65,12 @@ def page(report: Checkup) -> str:
     values (``data-value``, ``data-low``, ``data-high``). Names of models and layers are escaped.
     """
     marks = _marks(report)
+    spectra = [
+        (path, spectrum)
+        for path, spectrum in (("hessian", report.hessian), ("gauss_newton", report.gauss_newton))
+        if spectrum is not None
+    ]
+    levels = {level for _, spectrum in spectra for level in spectrum.density.quantiles}
     template = _environment().get_template("page.html.jinja")
     return template.render(
         report=report,
@@ -74,15 +81,11 @@ def page(report: Checkup) -> str:
         marks=marks,
         anchors=_anchors(report),
         legend={name: STATUSES[name] for name in STATUSES if name in _statuses(report)},
-        spectra=[
-            (path, spectrum)
-            for path, spectrum in (
-                ("hessian", report.hessian), ("gauss_newton", report.gauss_newton),
-            )
-            if spectrum is not None
-        ],
+        spectra=spectra,
+        levels=sorted(levels, key=float),
         reason=functools.partial(_reason, report),
-        total_seconds=sum(report.seconds.values()),
+        elapsed=elapsed(report),
+        stages=spent_by_stage(report),
         long=_LONG,
         shown=_SHOWN,
     )  # fmt: skip
@@ -203,9 +206,13 @@ def _anchor(path: str) -> str:
     return found[1] if found[2] is None else f"{found[1]}-{found[2]}"
 
 
-def _number(estimate: Estimate, path: str) -> Markup:
-    """An estimate as it prints itself, with its exact values for programs."""
-    return _marked(path, estimate.value, estimate.low, estimate.high, *_split(estimate))
+def _number(estimate: Estimate, path: str, absent: str = "NaN") -> Markup:
+    """An estimate as it prints itself, with its exact values for programs.
+
+    ``absent`` are the words for NaN, which in a spectrum means that a number was not measured.
+    """
+    shown = (absent, "") if math.isnan(estimate.value) else _split(estimate)
+    return _marked(path, estimate.value, estimate.low, estimate.high, *shown)
 
 
 def _condition(number: ConditionNumber, path: str) -> Markup:
@@ -230,8 +237,6 @@ def _marked(path: str, value: float, low: float, high: float, text: str, enclosu
 
 def _split(estimate: Estimate) -> tuple[str, str]:
     """The number and its enclosure, out of how an estimate prints itself."""
-    if math.isnan(estimate.value):
-        return "NaN", ""
     text, _, enclosure = str(estimate).partition(" ")
     return _proper(text), _proper(enclosure)
 

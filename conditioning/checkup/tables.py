@@ -52,7 +52,7 @@ def shown(number: Estimate | None) -> str:
         return "-"
     if math.isnan(number.value) or number.low == number.high:
         return "infinite" if number.value == math.inf else f"{number.value:.4g}"
-    return str(number) if number.value else ranged(number)
+    return str(number) if number.value else _about_zero(number)
 
 
 def short(value: float | None) -> str:
@@ -68,7 +68,14 @@ def span(low: float, high: float) -> str:
 
 
 def ranged(number: Estimate) -> str:
-    """Three digits with the least and the largest, where these differ in three digits."""
+    """Three digits; where the ends differ in these, the same digits as everywhere else."""
+    if not number.value or not math.isfinite(number.value):
+        return _about_zero(number)
+    return number.brief()
+
+
+def _about_zero(number: Estimate) -> str:
+    """Digits that do not depend on the value, which says nothing of them where it is zero."""
     low, high = short(number.low), short(number.high)
     return short(number.value) + (f" [{low}, {high}]" if low != high else "")
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from conditioning.checkup.results import Checkup
 
-_TOTAL = "total"  # among the seconds by stage
+_TOTAL = "total"  # among the seconds by stage, what is between them included
 _NORMS = ("act_in", "act_out", "grad_in", "grad_out", "ratio", "product")
 _JACOBIAN = {
     "sigma_max": "largest", "sigma_min": "smallest", "delta": "delta", "branch": "branch",
@@ -201,14 +201,12 @@ def _missing(report: Checkup) -> str:
 
 
 def _spent(report: Checkup) -> str:
-    stages = ", ".join(
-        f"{name} {_time(spent)}" for name, spent in report.seconds.items() if name != _TOTAL
-    )
+    stages = ", ".join(f"{name} {_time(spent)}" for name, spent in spent_by_stage(report).items())
     budget = report.setting.seconds
     given = "" if budget is None else f" of {budget:g}{JOINED}s"
     most = report.setting.num_matvecs
     products = f"{report.num_matvecs} products" + ("" if most is None else f" of {most}")
-    took = _time(_elapsed(report))
+    took = _time(elapsed(report))
     rest = f" ({stages})" if stages else ""
     return wrapped(
         f"Took {took}{given} and {products}{rest}. conditioning {report.setting.conditioning}, "
@@ -216,9 +214,14 @@ def _spent(report: Checkup) -> str:
     )  # fmt: skip
 
 
-def _elapsed(report: Checkup) -> float:
-    """All seconds; stages may leave some of them to none."""
+def elapsed(report: Checkup) -> float:
+    """All seconds that a checkup took; its stages may leave some of them to none."""
     return report.seconds.get(_TOTAL, sum(report.seconds.values()))
+
+
+def spent_by_stage(report: Checkup) -> dict[str, float]:
+    """The seconds of each stage, without their total."""
+    return {name: spent for name, spent in report.seconds.items() if name != _TOTAL}
 
 
 def _time(seconds: float) -> str:
@@ -240,7 +243,7 @@ def scalars(report: Checkup, prefix: str = "checkup/") -> dict[str, float]:
         "num_findings": len(report.findings),
         "num_missing": len(report.missing),
         "num_matvecs": report.num_matvecs,
-        "seconds": _elapsed(report),
+        "seconds": elapsed(report),
     }
     if report.blocks:
         ratios = [b.ratio.value for b in report.blocks if not math.isnan(b.ratio.value)]

@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from conditioning.jacobi import Array
 from conditioning.plots.axes import given_or_new
@@ -52,7 +59,8 @@ def plot_norms(
     value, low, high = (_columns(ends, name) for name in ("value", "low", "high"))
     shown = _positive(value)
     marker: dict[str, Any] = {"marker": "o", "markersize": 2.8} if len(before) <= 40 else {}
-    ax.plot(places, shown, color=color, linewidth=1.4, label=label, **marker)
+    if np.isfinite(shown).any():
+        ax.plot(places, shown, color=color, linewidth=1.4, label=label, **marker)
     if np.any(high > low):
         ax.fill_between(
             places, _positive(low), _positive(high), color=color, alpha=0.18, linewidth=0,
@@ -84,7 +92,7 @@ def plot_block_ratios(
     names : sequence of str
         Of the blocks.
     reach : sequence of (float, float) or None
-        Smallest and largest singular value of each block's Jacobian; ``None`` where unknown.
+        Least and largest ratio that each block's Jacobian allows; ``None`` where unknown.
     band : pair of float, optional
         What a theory says of the ratios.
     transitions : sequence of int
@@ -106,7 +114,7 @@ def plot_block_ratios(
     ax.axhline(1, color=INK, linewidth=0.9, zorder=1)
     bars = [(place, *pair) for place, pair in enumerate(reach) if pair is not None]
     width = 5.0 if len(ratios) <= 40 else 2.4
-    _bars(ax, bars, color=MUTED, width=width, label="singular values of the Jacobian")
+    _bars(ax, bars, color=MUTED, width=width, label="reach of the Jacobian")
     spread = (shown - np.fmin(_positive(low), shown), np.fmax(_positive(high), shown) - shown)
     turned = np.isin(places, list(transitions))
     for chosen, marker, size, label in (
@@ -274,9 +282,9 @@ def _positive(values: Array) -> Array:
 def _bars(
     ax: Axes, bars: Sequence[tuple[int, float, float]], *, color: str, width: float, label: str
 ) -> None:
-    """Upright bars; those that reach down to 0 leave the axis at its lower edge."""
+    """Upright bars; those that reach down to 0 or without end leave the axis at its edge."""
     drawn = [
-        (place, max(low, 1e-300), min(high, 1e300))
+        (place, max(low, 1e-300), min(high, 1e200))
         for place, low, high in bars
         if not math.isnan(low) and not math.isnan(high) and high > 0
     ]
@@ -290,6 +298,9 @@ def _log_axis(ax: Axes, held: Array, wished: Array | None = None) -> None:
     """A logarithmic axis that shows all that must be seen, and of the rest what is near it."""
     ax.set_yscale("log")
     held = held[np.isfinite(held) & (held > 0)]
+    if not held.size:
+        ax.text(0.5, 0.5, "no positive, finite number", transform=ax.transAxes, ha="center",
+                va="center", color=MUTED)  # fmt: skip
     low, high = (held.min(), held.max()) if held.size else (0.1, 10.0)
     low = max(low, high * 1e-200)  # what floats hold is more than an axis can
     if wished is not None:
@@ -301,12 +312,24 @@ def _log_axis(ax: Axes, held: Array, wished: Array | None = None) -> None:
         low, high = low / 1.5, high * 1.5
     margin = (high / low) ** 0.06
     ax.set_ylim(low / margin, high * margin)
-    decades = math.log10(high / low)
-    subs: Any = (1, 2, 5) if decades < 2.2 else (1, 3) if decades < 3.5 else (1,)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
+    ax.yaxis.set_major_locator(_ticks(*ax.get_ylim()) if held.size else NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(short_number))
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.minorticks_off()
+
+
+def _ticks(low: float, high: float) -> LogLocator:
+    """The coarsest ticks that suit the range, of which at least two lie in it."""
+    decades = math.log10(high / low)
+    steps: list[tuple[float, ...]] = [(1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.5, *range(2, 10))]
+    if decades >= 2.2:
+        steps = [(1, 3) if decades < 3.5 else (1,)]
+    for subs in steps:
+        locator = LogLocator(subs=subs, numticks=9)
+        ticks = locator.tick_values(low, high)
+        if np.count_nonzero((ticks >= low) & (ticks <= high)) >= 2:
+            break
+    return locator
 
 
 def _edge_marks(ax: Axes, places: Array, values: Array) -> None:
