@@ -36,7 +36,7 @@ def deep(count, ratio=1.02):
     layers = tuple(
         LayerReading(
             f"layer1.{i // 2}.conv{i % 2}", "Conv2d", "layer", i, 144, 1 + 0.4 * math.cos(i),
-            i % 3 == 0, None, None, "", None, "",
+            "" if i % 3 else "normalisation", None, None, "", None, "",
         )
         for i in range(2 * count)
     )  # fmt: skip

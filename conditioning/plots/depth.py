@@ -262,11 +262,14 @@ def short_number(value: float, _: object = None) -> str:
 
 
 def legend_below(ax: Axes, columns: int = 2) -> None:
-    """A legend under the axes, where it hides nothing."""
-    handles, labels = ax.get_legend_handles_labels()
-    if handles:
+    """A legend of all axes of the figure under them, where it hides nothing; each label once."""
+    known: dict[str, Any] = {}
+    for one in ax.figure.axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    if known:
         ax.figure.legend(
-            handles, labels, loc="outside lower left", ncols=columns, handlelength=1.4,
+            list(known.values()), list(known), loc="outside lower left", ncols=columns, handlelength=1.4,
             columnspacing=1.2, borderaxespad=0.2,
         )  # fmt: skip
 
@@ -326,7 +329,7 @@ def _ticks(low: float, high: float) -> LogLocator:
         steps = [(1, 3) if decades < 3.5 else (1,)]
     for subs in steps:
         locator = LogLocator(subs=subs, numticks=9)
-        ticks = locator.tick_values(low, high)
+        ticks = np.asarray(locator.tick_values(low, high))
         if np.count_nonzero((ticks >= low) & (ticks <= high)) >= 2:
             break
     return locator
