@@ -9,11 +9,15 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from checkup_variants import LONG, SCRIPT, VARIANTS, bare, broken, faultless
 from checkups import checkup
 from pages import Page, at, same
+from torch import nn
 
 from conditioning import Estimate
+from conditioning import checkup as measure
+from conditioning.checkup import Checkup
 from conditioning.checkup.page import STATUSES, notebook, page, verdict
 from conditioning.spectrum import ConditionNumber
 
@@ -195,9 +199,9 @@ def test_sections_without_content_say_why_or_are_left_out():
         (replace(checkup(), findings=checkup().findings[1:2]), "problem", "1 problem found", ""),
         (replace(checkup(), findings=checkup().findings[2:]), "remark", "No problem", "1 remark"),
         (bare(), "remark", "Next to nothing", "Spectrum of the Hessian, Blocks"),
-        (broken(), "problem", "3 problems", "came up first in the output of"),
+        (broken(), "problem", "3 problems", "came up: the output of"),
         (replace(faultless(), loss=Estimate(math.nan, math.nan, math.nan)), "problem",
-         "Not finite", "first in the loss"),
+         "Not finite", "came up: the loss"),
     ],
 )  # fmt: skip
 def test_the_verdict_claims_no_more_than_was_measured(report, tone, headline, rest):
@@ -229,3 +233,46 @@ def test_a_table_of_many_rows_scrolls_in_a_box_that_keys_reach():
     assert tall == {
         "Norms, block by block", "Jacobians, block by block", "Layers", "Activations"
     }  # fmt: skip
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("broken_weight", [False, True], ids=["finite", "NaN"])
+def test_a_real_checkup_is_on_its_page_with_every_number(broken_weight):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), Residual(8), Residual(8), nn.Linear(8, 3))
+        batch = (torch.randn(16, 6), torch.randint(3, (16,)))
+    if broken_weight:
+        with torch.no_grad():
+            model[1].first.weight[0, 0] = math.nan
+    measured = measure(
+        model, nn.CrossEntropyLoss(), batch, seconds=None, num_matvecs=400, progress=False
+    )
+    report = Checkup.from_json(measured.to_json())
+    assert len(report.blocks) == 2
+    assert math.isfinite(report.loss.value) != broken_weight
+    text = page(report)
+    read = Page(text)
+    plain = json.loads(measured.to_json())
+    shown = {attrs["data-path"]: attrs for attrs, _ in read.numbers}
+    wanted = list(estimates(plain))
+    assert set(wanted) - set(shown) == set()
+    for path in wanted:
+        for end in ("value", "low", "high"):
+            assert same(shown[path][f"data-{end}"], at(plain, path)[end])
+    assert ("no positive, finite number" in text) == broken_weight
+    assert "over the batches" not in text.split("<main>")[1].split("</dl>")[0]
+    assert "one batch" in str(report)
+    assert ("NaN or infinity" in str(report)) == broken_weight
+    if not broken_weight:
+        assert all(block.jacobian is not None for block in report.blocks)
+        assert report.hessian is not None
+        assert {"0.05", "0.95"} <= set(report.hessian.density.quantiles)

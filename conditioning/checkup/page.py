@@ -118,7 +118,7 @@ def verdict(report: Checkup) -> Verdict:
     headline = f"{_count(len(problems), 'problem')} found"
     first = report.nonfinite or ("" if math.isfinite(report.loss.value) else "the loss")
     if first:
-        named = f"NaN or an infinity came up first in {first}{aside}."
+        named = f"NaN or an infinity came up: {first}{aside}."
         known = (headline, f": {named}") if problems else ("Not finite", f": {named}")
         return Verdict("problem", *known)
     if problems:
