@@ -269,7 +269,8 @@ def legend_below(ax: Axes, columns: int = 2) -> None:
             known.setdefault(label, handle)
     if known:
         ax.figure.legend(
-            list(known.values()), list(known), loc="outside lower left", ncols=columns, handlelength=1.4,
+            list(known.values()), list(known),
+            loc="outside lower left", ncols=columns, handlelength=1.4,
             columnspacing=1.2, borderaxespad=0.2,
         )  # fmt: skip
 
