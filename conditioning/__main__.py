@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import traceback
@@ -26,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if no problem was found, 1 if problems were, 2 for bad input, 130 if interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # where a sign is not in the terminal's encoding
+            stream.reconfigure(errors="replace")
     try:
         options = make_parser(f"conditioning {__version__}").parse_args(given)
         from conditioning.cli import commands
@@ -36,17 +41,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }[options.command]  # fmt: skip
         return run(options)
     except ConditioningError as error:
-        if "--debug" in given:
-            traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(f"error: {error}", given)
     except KeyboardInterrupt:
-        print("interrupted: nothing was measured yet, or not all was written", file=sys.stderr)
+        without = " before there was a report" if given[:1] == ["checkup"] else ""
+        _say(f"interrupted{without}")
         return 130
     except BrokenPipeError:
-        # The reader has seen enough, as in "| head". Python would complain when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has seen enough, as in "| head".
+        _silence()
         return 0
+    except Exception as error:  # a defect, of which no program may think that it is a finding
+        where = "" if "--debug" in given else " (--debug shows where)"
+        return _failed(f"internal error {type(error).__name__}: {error}{where}", given)
+
+
+def _failed(message: str, given: Sequence[str]) -> int:
+    if "--debug" in given:
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+    _say(" ".join(message.split()))
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _silence()
+    return 2
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
+def _silence() -> None:
+    """What could not be written is dropped: Python would try again at its end, and complain."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -133,15 +133,6 @@ def test_write_protection_is_seen_before_the_run(seen, capsys, monkeypatch):
         assert match in fails(capsys, "checkup", "nets:broken", *RANDOM, "--text", path)
 
 
-def test_a_disk_that_fails_while_writing_is_said(seen, capsys, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    said = fails(capsys, "checkup", "nets:Net", *RANDOM, "--text", "a.txt")
-    assert said == "'a.txt' cannot be written: No space left on device."
-
-
 def test_an_error_of_the_model_is_one_line_unless_it_is_debugged(capsys):
     arguments = ["checkup", "nets:Net", "--input-shape", "9", "--classes", "2"]
     said = fails(capsys, *arguments)

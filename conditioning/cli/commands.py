@@ -28,9 +28,10 @@ from conditioning.cli.datasets import (
     random_inputs,
     random_tokens,
 )
+from conditioning.cli.interrupts import Interrupts
 from conditioning.cli.losses import cross_entropy, find_loss, loss_for
 from conditioning.cli.objects import Built, build
-from conditioning.cli.outputs import Outputs
+from conditioning.cli.outputs import Outputs, say
 from conditioning.errors import ConditioningError, ExaminationError, InvalidArgumentError
 from conditioning.operators.batches import tensors_in
 
@@ -49,6 +50,20 @@ def run_checkup(options: argparse.Namespace, examine: Examine | None = None) -> 
     """
     outputs = Outputs(options.json, options.text, options.html)
     outputs.check()
+    with Interrupts() as interrupts:
+        report, notes = _report(options, examine or checkup, outputs)
+        interrupts.hold()
+        _deliver(report, notes, options, outputs)
+    if report.status == "interrupted":
+        return EXIT_INTERRUPTED
+    found = report.problems or report.nonfinite
+    return EXIT_PROBLEMS if found and not options.exit_zero else EXIT_OK
+
+
+def _report(
+    options: argparse.Namespace, examine: Examine, outputs: Outputs
+) -> tuple[Checkup, tuple[str, ...]]:
+    """The checkup, and what is to be known of its data."""
     if options.classes is not None and not (options.input_shape or options.tokens):
         msg = "--classes is for random inputs: it goes with --input-shape or --tokens."
         raise InvalidArgumentError(msg)
@@ -60,20 +75,28 @@ def run_checkup(options: argparse.Namespace, examine: Examine | None = None) -> 
         notes = _prepare(built.model, options, device)
         loss_fn, given = _loss_and_data(built, options)
         given = fitted(given, built.model)
-        report = _examined(examine or checkup, built.model, loss_fn, given, options)
+        report = _examined(examine, built.model, loss_fn, given, options)
     kept = (*given.notes, *notes, *report.setting.notes)
-    report = replace(report, setting=replace(report.setting, notes=kept))
-    # What is on paper first: a reader of the text may close the pipe.
+    return replace(report, setting=replace(report.setting, notes=kept)), given.notes
+
+
+def _deliver(
+    report: Checkup, notes: tuple[str, ...], options: argparse.Namespace, outputs: Outputs
+) -> None:
+    """Print and write. What fails is said when the rest is done: it may have taken minutes."""
+    stream = sys.stderr if outputs.on_stdout else sys.stdout
+    failure: OSError | None = None
+    try:
+        say(verdict(report) if options.quiet else report, stream)
+        for note in notes if options.quiet else ():
+            say(f"note: {note}", sys.stderr)
+    except OSError as error:  # a reader who has closed the pipe still wants the files
+        failure = error
     written = outputs.save(report)
-    print(verdict(report) if options.quiet else report, file=stream, flush=True)
-    for note in given.notes if options.quiet else ():
-        print(f"note: {note}", file=sys.stderr)
+    if failure is not None:
+        raise failure
     if written and not options.quiet:
-        print(f"\nwritten: {', '.join(map(str, written))}", file=stream, flush=True)
-    if report.status == "interrupted":
-        return EXIT_INTERRUPTED
-    found = report.problems or report.nonfinite
-    return EXIT_PROBLEMS if found and not options.exit_zero else EXIT_OK
+        say(f"\nwritten: {', '.join(map(str, written))}", stream)
 
 
 def _examined(
@@ -100,7 +123,7 @@ def _examined(
 def run_compare(options: argparse.Namespace) -> int:
     """Print two checkups side by side; 1 if there are problems that the first did not have."""
     comparison = compare(options.before, options.after)
-    print(comparison.to_json() if options.json else comparison, flush=True)
+    say(comparison.to_json() if options.json else comparison, sys.stdout)
     return EXIT_PROBLEMS if comparison.new_problems and not options.exit_zero else EXIT_OK
 
 
@@ -111,7 +134,7 @@ def run_show(options: argparse.Namespace) -> int:
     report = read(options.report)
     written = outputs.save(report)
     if not written and not outputs.on_stdout:
-        print(report, flush=True)
+        say(report, sys.stdout)
     return EXIT_OK
 
 
@@ -135,6 +158,13 @@ def _device(name: str | None) -> torch.device | None:
     if device.type == "mps" and not torch.backends.mps.is_available():
         msg = f"--device {name} is not available here. Leave it out to stay on the CPU."
         raise InvalidArgumentError(msg)
+    try:
+        held = torch.zeros(1, device=device).sum().item()
+    except Exception as error:  # each backend has errors of its own
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        msg = f"--device {name} cannot be used: {reason}. Leave it out to stay on the CPU."
+        raise InvalidArgumentError(msg) from error
+    assert held == 0
     return device
 
 

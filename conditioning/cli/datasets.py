@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,18 +210,23 @@ def _read_npz(path: Path) -> tuple[Tensor, Tensor]:
         msg = f"{str(path)!r} cannot be read as .npz without pickled objects: {reason}."
         raise DataFileError(msg) from error
     inputs, targets = (_array(arrays, names, path) for names in (_INPUTS, _TARGETS))
-    return torch.from_numpy(np.ascontiguousarray(inputs)), torch.from_numpy(targets)
+    return inputs, targets
 
 
-def _array(arrays: Mapping[str, Any], names: tuple[str, ...], path: Path) -> Any:
+def _array(arrays: Mapping[str, Any], names: tuple[str, ...], path: Path) -> Tensor:
     for end in ("", "_train"):
         for name in names:
             if f"{name}{end}" in arrays:
                 found = arrays[f"{name}{end}"]
-                if found.dtype.kind not in "uifb":
-                    msg = f"{name}{end} of {str(path)!r} holds {found.dtype}, expected numbers."
+                if found.dtype.kind not in "uifb" or found.dtype.itemsize > 8:
+                    msg = (
+                        f"{name}{end} of {str(path)!r} holds {found.dtype}, expected numbers of "
+                        f"at most 64 bits."
+                    )
                     raise DataFileError(msg)
-                return found
+                # Files from other machines may have their bytes in another order.
+                native = found.dtype.newbyteorder("=")
+                return torch.from_numpy(np.array(found, dtype=native, order="C"))
     what = "inputs" if names is _INPUTS else "targets"
     msg = (
         f"{str(path)!r} holds {join_names(list(arrays)) or 'nothing'}, but no {what}: expected "
@@ -269,7 +275,8 @@ def random_inputs(
         If the model cannot be run on such inputs.
     """
     generator = torch.Generator().manual_seed(amount.seed)
-    inputs = torch.randn(amount.samples, *shape, generator=generator)
+    with _room(amount, shape):
+        inputs = torch.randn(amount.samples, *shape, generator=generator)
     if classes is not None and loss_fn is not mse:
         targets = torch.randint(classes, (amount.samples,), generator=generator)
     elif loss_fn is mse:
@@ -288,12 +295,23 @@ def random_tokens(sizes: tuple[int, ...], classes: int | None, amount: Amount) -
     """
     generator = torch.Generator().manual_seed(amount.seed)
     vocabulary, length = sizes
-    text = torch.randint(vocabulary, (amount.samples, length + 1), generator=generator)
+    with _room(amount, (length,)):
+        text = torch.randint(vocabulary, (amount.samples, length + 1), generator=generator)
     targets = text[:, 1:].contiguous()
     if classes is not None:
         targets = torch.randint(classes, (amount.samples,), generator=generator)
     given = _from_pair(text[:, :-1].contiguous(), targets, amount)
     return Given(given.batches, (_RANDOM.replace("inputs", "tokens", 1),))
+
+
+@contextlib.contextmanager
+def _room(amount: Amount, shape: tuple[int, ...]) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # of torch's allocator
+        size = "x".join(map(str, (amount.samples, *shape)))
+        msg = f"There is no memory for inputs of {size}: lower --batch-size or --batches."
+        raise DataFileError(msg) from error
 
 
 def _output_shape(model: nn.Module, inputs: Tensor) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 from conditioning.errors import OutputPathError
 
@@ -59,19 +59,51 @@ class Outputs:
         Raises
         ------
         OutputPathError
-            If a file cannot be written.
+            If a file cannot be written; the others are written before that.
         """
-        written = []
-        for path in self._files().values():
-            try:
-                report.save(path)
-            except OSError as error:
-                msg = f"{str(path)!r} cannot be written: {error.strerror or error}."
-                raise OutputPathError(msg) from error
-            written.append(path)
+        paths = list(self._files().values())
+        failures = [error for path in paths if (error := _failure(report, path)) is not None]
         if self.on_stdout:
-            print(report.to_json(), file=sys.stdout, flush=True)
-        return written
+            say(report.to_json(), sys.stdout)
+        if failures:
+            raise OutputPathError(" ".join(map(str, failures))) from failures[0].__cause__
+        return paths
+
+
+def _failure(report: Checkup, path: Path) -> OutputPathError | None:
+    """Write one file, and return what prevents it."""
+    try:
+        report.save(path)
+    except OSError as error:
+        failure = OutputPathError(f"{str(path)!r} cannot be written: {error.strerror or error}.")
+        failure.__cause__ = error
+        return failure
+    except Exception as error:  # a page that cannot be drawn must not cost the numbers
+        failure = OutputPathError(
+            f"{str(path)!r} cannot be made: {type(error).__name__}: {error} (--debug shows where)."
+        )
+        failure.__cause__ = error
+        return failure
+    return None
+
+
+def say(what: Any, stream: TextIO) -> None:
+    """Print at once.
+
+    Raises
+    ------
+    OutputPathError
+        If the stream takes nothing, as on a full disk.
+    BrokenPipeError
+        If nobody reads it any more.
+    """
+    try:
+        print(what, file=stream, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        msg = f"The report cannot be printed: {error.strerror or error}."
+        raise OutputPathError(msg) from error
 
 
 def _check_writable(path: Path) -> None:

@@ -96,7 +96,7 @@ def _checkup(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--max-matvecs", type=int, metavar="N", help="products at most")
     what.add_argument(
-        "--seed", type=int, default=0, metavar="N",
+        "--seed", type=seed, default=0, metavar="N",
         help="of random vectors and inputs, and of weights that FACTORY draws; default 0",
     )  # fmt: skip
     output = _outputs(parser)
@@ -138,6 +138,18 @@ def size(text: str) -> int:
         number = 0
     if number < 1:
         msg = f"expected a positive integer, got {text!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return number
+
+
+def seed(text: str) -> int:
+    """An integer that random generators take."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 2**64
+    if not -(2**63) <= number < 2**64:
+        msg = f"expected an integer from -2^63 to 2^64 - 1, got {text!r}"
         raise argparse.ArgumentTypeError(msg)
     return number
 
