@@ -7,9 +7,11 @@ import json
 import math
 
 import pytest
+import torch
 from checkups import NAN, block, checkup, near
 
 from conditioning import Estimate
+from conditioning import checkup as examine
 from conditioning.checkup.compare import compare, read
 from conditioning.errors import InvalidArgumentError
 
@@ -200,7 +202,7 @@ def test_a_finding_elsewhere_is_another_one():
     "lack",
     [
         {"step_size": None},
-        {"blocks": checkup().blocks[:3], "step_size": None},
+        {"blocks": (), "step_size": None},
         {"activations": (), "step_size": None},
     ],
 )
@@ -222,6 +224,128 @@ def test_a_finding_whose_number_was_not_measured_is_not_gone(lack):
         kind: {"gone": "new"}.get(outcome, "not measured before")
         for kind, outcome in expected.items()
     }
+
+
+def test_a_problem_of_a_block_that_was_not_there_is_new():
+    finding = dataclasses.replace(checkup().findings[0], where=("layer1.8",))
+    finding = dataclasses.replace(finding, evidence="blocks[8].ratio")
+    deep = changed(checkup(), findings=(finding,))
+    shallow = changed(checkup(findings=False), blocks=checkup().blocks[:4])
+    assert shallow.compare(deep).new_problems == (finding,)
+    (change,) = deep.compare(shallow).findings
+    assert change.outcome == "gone"
+
+
+def test_a_second_use_of_a_block_is_matched_with_a_second_use():
+    twice = (block(0), block(0))
+    finding = dataclasses.replace(checkup().findings[0], evidence="blocks[1].ratio")
+    with_it = changed(checkup(findings=False), blocks=twice, findings=(finding,))
+    nan = dataclasses.replace(block(0), ratio=NAN)
+    for blocks, outcome in (
+        ((nan, block(0)), "new"), ((block(0), nan), "not measured before"), (twice[:1], "new")
+    ):  # fmt: skip
+        before = changed(checkup(findings=False), blocks=blocks)
+        assert [c.outcome for c in before.compare(with_it).findings] == [outcome]
+
+
+@pytest.mark.parametrize(
+    ("evidence", "data", "loss"),
+    [
+        ("blocks[3].ratio", "not comparable", "not comparable"),
+        ("product", "not comparable", "not comparable"),
+        ("step_size.quotient", "not comparable", "not comparable"),
+        ("blocks[3].act_out", "not comparable", "new"),
+        ("activations[1].dead_share", "not comparable", "new"),
+        ("layers[0].weight_gain", "new", "new"),
+        ("recurrent[0].growth_per_step", "not comparable", "not comparable"),
+        ("recurrent[0].recurrent_norm", "new", "new"),
+    ],
+)
+def test_with_other_data_or_loss_a_finding_is_not_new(evidence, data, loss):
+    finding = dataclasses.replace(checkup().findings[0], evidence=evidence)
+    after = changed(checkup(), findings=(finding,))
+    for fields, outcome in (({"num_samples": 64}, data), ({"loss": "MSELoss"}, loss)):
+        before = setting(checkup(findings=False), **fields)
+        comparison = before.compare(after)
+        assert [c.outcome for c in comparison.findings] == [outcome]
+        assert bool(comparison.new_problems) == (outcome == "new")
+
+
+def test_a_finding_of_a_block_of_other_shapes_is_not_new():
+    wide = dataclasses.replace(block(3), shapes="8x64x4x4 -> 8x64x4x4")
+    blocks = checkup().blocks
+    before = changed(checkup(findings=False), blocks=(*blocks[:3], wide, *blocks[4:]))
+    after = changed(checkup(), findings=checkup().findings[:1])
+    assert [c.outcome for c in before.compare(after).findings] == ["not comparable"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "movement"),
+    [(4e-8, 2.6e-8, "within its error"), (4e-3, 2.6e-3, "moved")],
+)
+def test_a_distance_from_one_has_the_rounding_of_one(before, after, movement):
+    pair = (changed(checkup(), mean_deviation=Estimate(v, v, v)) for v in (before, after))
+    assert change_of(compare(*pair), "mean |1 - ratio|").movement == movement
+
+
+def test_a_batch_in_another_order_moves_nothing():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(6, 6)
+            torch.nn.init.normal_(self.inner.weight, std=1e-7)
+
+        def forward(self, x):
+            return x + torch.relu(self.inner(x))
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Block(), Block(), torch.nn.Linear(6, 3))
+    inputs, targets, order = torch.randn(33, 6), torch.randint(3, (33,)), torch.randperm(33)
+    reports = [
+        examine(model, torch.nn.CrossEntropyLoss(), batch, seconds=None, num_matvecs=200)
+        for batch in ((inputs, targets), (inputs[order], targets[order]))
+    ]
+    assert reports[0].mean_deviation.value < 1e-6
+    assert reports[0].mean_deviation != reports[1].mean_deviation
+    assert not compare(*reports).moved
+
+
+def test_of_one_batch_the_spread_is_said_to_be_unknown():
+    assert not checkup().compare(checkup()).notes
+    for pair in ((1, 1), (1, 2), (2, 1)):
+        before, after = (setting(checkup(), num_batches=number) for number in pair)
+        (note,) = compare(before, after).notes
+        assert "note: one batch: how far norms spread" in str(compare(before, after))
+        assert "a move may be that of the batch" in note
+
+
+def test_what_did_not_move_keeps_its_order():
+    after = changed(checkup(), loss=near(2.31), gradient_norm=near(1.21))
+    assert [c.quantity for c in checkup().compare(after).changes][:4] == [
+        "loss", "gradient norm", "product of ratios", "mean |1 - ratio|",
+    ]  # fmt: skip
+    after = changed(checkup(), loss=near(2.3001), gradient_norm=near(1.21))
+    assert [c.quantity for c in checkup().compare(after).changes][:2] == ["loss", "gradient norm"]
+
+
+def test_between_two_bounds_there_is_no_factor():
+    one, other = Estimate(2.0, 2.0, math.inf), Estimate(8.0, 8.0, math.inf)
+    for before, after in ((one, other), (one, near(8.0)), (near(2.0), other)):
+        comparison = compare(changed(checkup(), loss=before), changed(checkup(), loss=after))
+        assert math.isnan(change_of(comparison, "loss").factor)
+
+
+def test_what_leaves_a_block_is_not_listed_again_where_it_enters_the_next():
+    def with_norm(norm):
+        first = dataclasses.replace(block(0), grad_out=norm, ratio=near(1.0))
+        return changed(checkup(), blocks=(first, dataclasses.replace(block(1), grad_in=norm)))
+
+    comparison = with_norm(near(0.3)).compare(with_norm(near(3.0)))
+    assert [c.quantity for c in comparison.moved] == ["grad_out", "grad_in"]
+    (_, listed) = str(comparison).split("Moved beyond the error")
+    assert "grad_in" in listed
+    assert "grad_out" not in listed
+    assert "layer1.0" not in listed
 
 
 def test_paths_are_taken_too(tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from conditioning.checkup.numbers import Number, numbers, parts_of
+from conditioning.checkup.numbers import Number, form_of, needs_of, numbers, parts_of
 from conditioning.checkup.plain import to_plain
 from conditioning.checkup.readings import Finding, Setting
 from conditioning.checkup.results import Checkup
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Movement = Literal["moved", "within its error", "not comparable"]
-Outcome = Literal["new", "still there", "gone", "not measured after", "not measured before"]
+Outcome = Literal[
+    "new", "still there", "gone", "not measured after", "not measured before", "not comparable"
+]
 
 # Numbers without an enclosure differ by the rounding of sums of many terms.
 _ROUNDING = {"float64": 1e-10, "float32": 1e-5}
@@ -58,7 +60,7 @@ class Change(Result):
     before, after : Estimate
         NaN where there is none.
     factor : float
-        ``after / before``; NaN where it has no meaning.
+        ``after / before``; NaN where it has no meaning, as between bounds on one side.
     movement : {"moved", "within its error", "not comparable"}
         ``moved`` only if the enclosures have no number in common.
     reason : str
@@ -86,8 +88,11 @@ class FindingChange(Result):
 
     Attributes
     ----------
-    outcome : {"new", "still there", "gone", "not measured after", "not measured before"}
-        ``gone`` and ``new`` only where the number behind the finding is in both checkups.
+    outcome : {"new", "still there", "gone", "not measured after", "not measured before", \
+            "not comparable"}
+        ``gone`` and ``new`` only where the other checkup has the number behind the finding, or
+        has read all blocks (layers ...) and this one is not among them. ``not comparable`` where
+        that number needs the data or the loss, and these are others.
     before, after : Finding or None
     """
 
@@ -116,9 +121,12 @@ class Comparison(Result):
     findings : tuple of FindingChange
         New ones first, then those still there, then the others.
     changes : tuple of Change
-        What moved first, the most first; then what stayed within its error; then the rest.
+        What moved first, the most first; then what stayed within its error; then the rest, both
+        in the order of the checkup.
     only_before, only_after : tuple of str
         Blocks, layers and activations that the other checkup does not have.
+    notes : tuple of str
+        What limits all that is said.
     """
 
     model: str
@@ -127,6 +135,7 @@ class Comparison(Result):
     changes: tuple[Change, ...]
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def moved(self) -> tuple[Change, ...]:
@@ -239,15 +248,18 @@ def compare(before: Checkup | str | Path, after: Checkup | str | Path) -> Compar
         if key[:2] in shared
     ]
     order = ("moved", "within its error", "not comparable")
-    changes.sort(key=lambda change: (order.index(change.movement), -change.weight))
+    changes.sort(
+        key=lambda one: (order.index(one.movement), -one.weight if one.movement == "moved" else 0)
+    )
     names = list(dict.fromkeys([first.setting.model, second.setting.model]))
     return Comparison(
         " and ".join(names),
         _differences(first, second),
-        _finding_changes(first, second),
+        _finding_changes(first, second, obstacle),
         tuple(changes),
         _names(part for part in parts_of(first) if part not in shared),
         _names(part for part in parts_of(second) if part not in shared),
+        _notes(first, second),
     )
 
 
@@ -262,6 +274,15 @@ def _given(name: str, value: Any) -> Checkup:
 
 def _names(parts: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(f"{part} {label(where)}" for part, where in parts)
+
+
+def _notes(before: Checkup, after: Checkup) -> tuple[str, ...]:
+    if min(before.setting.num_batches, after.setting.num_batches) > 1:
+        return ()
+    return (
+        "one batch: how far norms spread over batches is not known, so a move may be that of the "
+        "batch, not of the network",
+    )
 
 
 def _rounding(setting: Setting) -> float:
@@ -295,9 +316,10 @@ def _change(
     assert either is not None
     reason = _reason(before, after, obstacles)
     movement: Movement = "not comparable" if reason else "within its error"
-    if not reason and _apart(old, new, rounding):
+    if not reason and _apart(old, new, rounding, either.scale):
         movement = "moved"
-    factor = new.value / old.value if old.value else math.nan
+    bounds = math.isinf(old.high) or math.isinf(new.high)
+    factor = new.value / old.value if old.value and not bounds else math.nan
     weight = _weight(old.value, new.value, either.floor)
     return Change(*key, old, new, factor, movement, reason, weight)
 
@@ -315,12 +337,12 @@ def _reason(before: Number | None, after: Number | None, obstacles: dict[str, st
     return next((obstacles[need] for need in after.needs if need in obstacles), "")
 
 
-def _apart(one: Estimate, other: Estimate, rounding: float) -> bool:
+def _apart(one: Estimate, other: Estimate, rounding: float, scale: float) -> bool:
     low = max(min(one.low, one.high), min(other.low, other.high))
     high = min(max(one.low, one.high), max(other.low, other.high))
     if math.isinf(low) or math.isinf(high):
         return low > high
-    return low - high > rounding * max(abs(low), abs(high))
+    return low - high > rounding * max(abs(low), abs(high), scale)
 
 
 def _weight(before: float, after: float, floor: float) -> float:
@@ -359,11 +381,13 @@ def _said(value: Any) -> str:
 
 
 _OUTCOMES: tuple[Outcome, ...] = (
-    "new", "still there", "not measured after", "not measured before", "gone",
+    "new", "still there", "not comparable", "not measured after", "not measured before", "gone",
 )  # fmt: skip
 
 
-def _finding_changes(before: Checkup, after: Checkup) -> tuple[FindingChange, ...]:
+def _finding_changes(
+    before: Checkup, after: Checkup, obstacles: dict[str, str]
+) -> tuple[FindingChange, ...]:
     left = list(after.findings)
     found = []
     for old in before.findings:
@@ -372,11 +396,11 @@ def _finding_changes(before: Checkup, after: Checkup) -> tuple[FindingChange, ..
             left.remove(same)
             found.append(FindingChange("still there", old, same))
         else:
-            measured = _measured(old, before, after)
-            found.append(FindingChange("gone" if measured else "not measured after", old, None))
+            outcome = _outcome(old, before, after, obstacles, "gone", "not measured after")
+            found.append(FindingChange(outcome, old, None))
     for new in left:
-        measured = _measured(new, after, before)
-        found.append(FindingChange("new" if measured else "not measured before", None, new))
+        outcome = _outcome(new, after, before, obstacles, "new", "not measured before")
+        found.append(FindingChange(outcome, None, new))
     return tuple(sorted(found, key=lambda change: _OUTCOMES.index(change.outcome)))
 
 
@@ -386,22 +410,38 @@ def _same(one: Finding, other: Finding) -> bool:
     return one.where == other.where or bool(set(one.where) & set(other.where))
 
 
-def _measured(finding: Finding, own: Checkup, other: Checkup) -> bool:
-    """Whether the other checkup has the number that the finding of this one rests on."""
+def _outcome(
+    finding: Finding,
+    own: Checkup,
+    other: Checkup,
+    obstacles: dict[str, str],
+    known: Outcome,
+    unknown: Outcome,
+) -> Outcome:
+    """What it means that only one of two checkups has a finding."""
     value: Any = other
     mine: Any = own
     for name, place in re.findall(r"(\w+)(?:\[(\d+)\])?", finding.evidence):
         mine, value = getattr(mine, name, None), getattr(value, name, None)
-        if place and mine is not None and value is not None:
-            mine = mine[int(place)] if int(place) < len(mine) else None
-            value = _namesake(mine, value)
-        if value is None:
-            return False
+        if value is None or mine is None:
+            return unknown
+        if place:
+            if not value or int(place) >= len(mine):
+                return unknown
+            mine, value = mine[int(place)], _namesake(mine, int(place), value)
+            if value is None:  # the other network was read as well, and has no such part
+                break
+            if form_of(mine) != form_of(value):
+                return "not comparable"
     number = getattr(value, "value", value)
-    return not (isinstance(number, float) and math.isnan(number))
+    if isinstance(number, float) and math.isnan(number):
+        return unknown
+    return "not comparable" if set(needs_of(finding.evidence)) & set(obstacles) else known
 
 
-def _namesake(item: Any, items: Sequence[Any]) -> Any:
-    return next(
-        (one for one in items if getattr(one, "name", None) == getattr(item, "name", 0)), None
-    )
+def _namesake(own: Sequence[Any], place: int, others: Sequence[Any]) -> Any:
+    """The one of the same name; of several uses, the use of the same number."""
+    name = own[place].name
+    use = sum(one.name == name for one in own[:place])
+    same = [one for one in others if one.name == name]
+    return same[use] if use < len(same) else None

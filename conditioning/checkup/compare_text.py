@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from conditioning.checkup.compare import Change, Comparison
 
 _SHOWN = 24
+_SAME = {"act_out": "act_in", "grad_out": "grad_in"}
 _MOVEMENTS = {"moved": "yes", "within its error": "no", "not comparable": "?"}
 
 
@@ -39,14 +40,20 @@ def _factor(change: Change) -> str:
     return "" if math.isnan(change.factor) else f"{change.factor:.3g}"
 
 
+def _ends(change: Change) -> tuple[str, str]:
+    return f"{change.before.value:.6g}", f"{change.after.value:.6g}"
+
+
 def _head(comparison: Comparison) -> str:
     outcomes = [change.outcome for change in comparison.findings]
     found = [f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes)]
-    return (
-        f"{comparison.model}, before and after: {comparison.counts()}\n"
-        f"findings: {', '.join(found) or 'none in either'}\n"
-        "(a number has moved if its two enclosures have nothing in common)"
-    )
+    lines = [
+        f"{comparison.model}, before and after: {comparison.counts()}",
+        f"findings: {', '.join(found) or 'none in either'}",
+        "(a number has moved if its two enclosures have nothing in common)",
+    ]
+    lines += [wrapped(note, "        ", "  note: ") for note in comparison.notes]
+    return "\n".join(lines)
 
 
 def _differences(comparison: Comparison) -> str:
@@ -87,8 +94,12 @@ def _network(comparison: Comparison) -> str:
 def _moved(comparison: Comparison) -> str:
     # Numbers of one block move together: the one that moved most stands for them.
     groups: dict[tuple[str, str], list[Change]] = defaultdict(list)
-    for change in comparison.moved:
-        if change.part != "network":
+    moved = comparison.moved
+    entering = {(c.quantity, *_ends(c)) for c in moved if c.quantity in _SAME.values()}
+    for change in moved:
+        # What leaves a block is what enters the next one.
+        twice = (_SAME.get(change.quantity), *_ends(change)) in entering
+        if change.part != "network" and not twice:
             groups[change.part, change.where].append(change)
     if not groups:
         return "Of blocks, layers and activations no number moved beyond its error."

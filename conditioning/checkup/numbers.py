@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,13 +23,15 @@ class Number(NamedTuple):
     """A number, what it depends on besides the weights, and what it is compared by.
 
     ``needs`` names the data and the loss where it rests on them; ``form`` are the shapes that it
-    belongs to; ``floor`` is the magnitude below which it counts as none.
+    belongs to; ``floor`` is the magnitude below which it counts as none; ``scale`` the size of
+    what was subtracted or averaged to get it, whose rounding it has at least.
     """
 
     estimate: Estimate
     needs: tuple[str, ...]
     floor: float = 0.0
     form: str = ""
+    scale: float = 0.0
 
 
 Key = tuple[str, str, str]  # part, name, quantity
@@ -66,6 +69,29 @@ def _named(report: Checkup) -> Iterator[tuple[str, str, Any]]:
             yield part, f"{reading.name}{again}", reading
 
 
+def needs_of(evidence: str) -> tuple[str, ...]:
+    """What the number that a finding rests on depends on besides the weights."""
+    group, _, quantity = re.sub(r"\[\d+\]", "", evidence).partition(".")
+    if group == "layers" or quantity == "recurrent_norm":
+        return _WEIGHTS
+    if group == "activations":
+        return _FORWARD
+    if group == "blocks" and quantity.startswith(("act_", "branch_share", "jacobian")):
+        return _FORWARD
+    return _BACKWARD
+
+
+def form_of(reading: Any) -> str:
+    """The shapes of a block, or what a layer is: of another form it is another one."""
+    if hasattr(reading, "fan_in"):
+        return f"{reading.classes}, fan_in {reading.fan_in}"
+    return getattr(reading, "shapes", "")
+
+
+def _share(estimate: Estimate, needs: tuple[str, ...], form: str = "") -> Number:
+    return Number(estimate, needs, _NONE, form, 1.0)
+
+
 def _exact(value: float) -> Estimate:
     return Estimate(value, value, value)
 
@@ -75,7 +101,7 @@ def _network(report: Checkup) -> Iterator[tuple[str, Number]]:
     yield "gradient norm", Number(report.gradient_norm, _BACKWARD)
     if report.blocks:
         yield "product of ratios", Number(report.product, _BACKWARD)
-        yield "mean |1 - ratio|", Number(report.mean_deviation, _BACKWARD, _NONE)
+        yield "mean |1 - ratio|", _share(report.mean_deviation, _BACKWARD)
     for spectrum in (report.hessian, report.gauss_newton):
         if spectrum is not None:
             yield from _spectrum(spectrum)
@@ -96,8 +122,8 @@ def _spectrum(spectrum: SpectrumReading) -> Iterator[tuple[str, Number]]:
     }
     known |= {f"quantile {level}": value for level, value in spectrum.density.quantiles.items()}
     for name, value in known.items():
-        floor = _NONE if name == "share negative" else 0.0
-        yield f"{spectrum.matrix} {name}", Number(value, _BACKWARD, floor)
+        make = _share if name == "share negative" else Number
+        yield f"{spectrum.matrix} {name}", make(value, _BACKWARD)
 
 
 def _block(block: Any) -> Iterator[tuple[str, Number]]:
@@ -106,7 +132,7 @@ def _block(block: Any) -> Iterator[tuple[str, Number]]:
     for name in ("grad_in", "grad_out", "ratio", "product"):
         yield name, Number(getattr(block, name), _BACKWARD, form=block.shapes)
     if block.branch_share is not None:
-        yield "branch share", Number(_exact(block.branch_share), _FORWARD, _NONE, block.shapes)
+        yield "branch share", _share(_exact(block.branch_share), _FORWARD, block.shapes)
     if block.jacobian is not None:
         for name, value in (
             ("sigma_max", block.jacobian.largest), ("sigma_min", block.jacobian.smallest)
@@ -115,7 +141,7 @@ def _block(block: Any) -> Iterator[tuple[str, Number]]:
 
 
 def _layer(layer: Any) -> Iterator[tuple[str, Number]]:
-    form = f"{layer.classes}, fan_in {layer.fan_in}"
+    form = form_of(layer)
     yield "weight gain", Number(_exact(layer.weight_gain), _WEIGHTS, form=form)
     if layer.largest is not None:
         yield "sigma_max", Number(layer.largest, _WEIGHTS, form=form)
@@ -125,8 +151,8 @@ def _layer(layer: Any) -> Iterator[tuple[str, Number]]:
 
 def _activation(use: Any) -> Iterator[tuple[str, Number]]:
     yield "rms in", Number(_exact(use.rms_in), _FORWARD)
-    yield "flat share", Number(_exact(use.flat_share), _FORWARD, _NONE)
-    yield "dead share", Number(_exact(use.dead_share), _FORWARD, _NONE)
+    yield "flat share", _share(_exact(use.flat_share), _FORWARD)
+    yield "dead share", _share(_exact(use.dead_share), _FORWARD)
 
 
 def _recurrent(layer: Any) -> Iterator[tuple[str, Number]]:
