@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from conditioning import __version__
-from conditioning.cli.parser import make_parser
+from conditioning.cli.parser import parse
 from conditioning.errors import ConditioningError
 
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # where a sign is not in the terminal's encoding
             stream.reconfigure(errors="replace")
     try:
-        options = make_parser(f"conditioning {__version__}").parse_args(given)
+        options = parse(given, f"conditioning {__version__}")
         from conditioning.cli import commands
 
         run = {

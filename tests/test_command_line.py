@@ -146,8 +146,6 @@ def test_an_error_of_the_model_is_one_line_unless_it_is_debugged(capsys):
 def test_errors_of_the_checkup_are_one_line(capsys):
     said = fails(capsys, "checkup", "nets:Net", *RANDOM, "--blocks", "layer9.*")
     assert "'layer9.*' matches nothing in the Net" in said
-    assert "num_matvecs" in fails(capsys, "checkup", "nets:Net", *RANDOM, "--max-matvecs", "3")
-    assert "momentum" in fails(capsys, "checkup", "nets:Net", *RANDOM, "--momentum", "2")
 
 
 def test_outputs_that_the_loss_cannot_read_are_said(capsys):

@@ -18,7 +18,7 @@ _WRAPPERS = ("module.", "_orig_mod.")  # data-parallel models, compiled ones
 _ADVICE = "Save the weights alone: torch.save(model.state_dict(), FILE)"
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
     """Load the weights of a model from a file.
 
     Parameters
@@ -29,6 +29,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         What ``torch.save`` or safetensors wrote: a state dict, alone or below the key
         ``state_dict``, ``model_state_dict`` or ``model``. What data-parallel, compiling and
         Lightning wrappers put in front of names is taken away.
+
+    Returns
+    -------
+    list of str
+        What a reader should know: entries that are not the model's, another dtype.
 
     Raises
     ------
@@ -41,9 +46,17 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         msg = f"There is no checkpoint {str(path)!r}."
         raise CheckpointError(msg)
     known = model.state_dict()
-    weights = _renamed(_state_dict(_read(path), path), known)
+    found = _state_dict(_read(path), path)
+    weights, rest = _renamed(found, known, path)
     _compare(weights, known, path)
     model.load_state_dict(weights)
+    notes = [f"of the checkpoint not used: {join_names(rest)}"] if rest else []
+    kinds = {
+        (_dtype(weights[key]), _dtype(known[key]))
+        for key in known
+        if weights[key].dtype != known[key].dtype
+    }
+    return notes + [f"weights of {old} in the checkpoint, as {new}" for old, new in sorted(kinds)]
 
 
 def _read(path: Path) -> Any:
@@ -74,7 +87,9 @@ def _culprit(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    line = (str(error).splitlines() or [""])[0].rstrip(".")
+    # Some errors hold a byte or a key, and no sentence.
+    return line if " " in line else f"{type(error).__name__} {line}".strip()
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -118,8 +133,10 @@ def _state_dict(content: Any, path: Path) -> Mapping[str, Any]:
     raise CheckpointError(msg)
 
 
-def _renamed(weights: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights under the model's names, without what wrappers have added."""
+def _renamed(
+    weights: Mapping[str, Any], known: Mapping[str, Any], path: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """The weights under the model's names, without what wrappers have added, and what is left."""
     found = dict(weights)
     for _ in _WRAPPERS:  # a compiled model in a data-parallel one, or the other way round
         for start in _WRAPPERS:
@@ -127,13 +144,23 @@ def _renamed(weights: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, 
                 found = {key.removeprefix(start): value for key, value in found.items()}
     if not any("_orig_mod." in key for key in known):
         found = {key.replace("_orig_mod.", ""): value for key, value in found.items()}
-    # A LightningModule keeps the model as one of its attributes.
-    firsts = {key.split(".")[0] for key in found}
-    if len(firsts) == 1 and not set(found) & set(known):
-        inner = {key.partition(".")[2]: value for key, value in found.items()}
-        if set(inner) == set(known):
-            return inner
-    return found
+    if not known or set(known) <= set(found):
+        return found, []
+    # A LightningModule keeps the model as one of its attributes, next to losses and metrics.
+    one = next(iter(known))
+    starts = [key.removesuffix(one) for key in found if key.endswith(f".{one}")]
+    complete = [start for start in starts if all(f"{start}{key}" in found for key in known)]
+    if len(complete) > 1:
+        msg = (
+            f"{str(path)!r} holds the weights of such a model more than once, below "
+            f"{join_names([start.rstrip('.') for start in complete])}. {_ADVICE}."
+        )
+        raise CheckpointError(msg)
+    if not complete:
+        return found, []
+    (start,) = complete
+    used = {f"{start}{key}" for key in known}
+    return {key: found[f"{start}{key}"] for key in known}, [k for k in found if k not in used]
 
 
 def _compare(weights: Mapping[str, Any], known: Mapping[str, Any], path: Path) -> None:
@@ -154,6 +181,10 @@ def _compare(weights: Mapping[str, Any], known: Mapping[str, Any], path: Path) -
     if faults:
         msg = f"{str(path)!r} does not fit the model; {'; '.join(faults)}."
         raise CheckpointError(msg)
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def _shape(value: Any) -> str:

@@ -113,9 +113,10 @@ def _examined(
         raise
     except Exception as error:
         shapes = ["x".join(map(str, tensor.shape)) for tensor in tensors_in(given.batches[0])]
+        batch = f" on a batch of the shapes {', '.join(shapes)}" if shapes else ""
         msg = (
-            f"Examining {type(model).__name__} on a batch of the shapes {', '.join(shapes)} raised "
-            f"{type(error).__name__}: {error} (--debug shows where)."
+            f"Examining {type(model).__name__}{batch} raised {type(error).__name__}: {error} "
+            f"(--debug shows where)."
         )
         raise ExaminationError(msg) from error
 
@@ -173,8 +174,8 @@ def _prepare(
 ) -> list[str]:
     notes = []
     if options.checkpoint is not None:
-        load_checkpoint(model, options.checkpoint)
-        notes.append(f"weights from {Path(options.checkpoint).name}")
+        more = load_checkpoint(model, options.checkpoint)
+        notes += [f"weights from {Path(options.checkpoint).name}", *more]
     if options.dtype is not None:
         model.to(getattr(torch, options.dtype))
     if device is not None:

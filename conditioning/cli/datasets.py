@@ -59,7 +59,10 @@ class Given:
 
 
 def fitted(given: Given, model: nn.Module) -> Given:
-    """The batches on the model's device; real numbers in its dtype."""
+    """The batches on the model's device; real numbers in its dtype.
+
+    Integer inputs too, if the model runs on them as real numbers only.
+    """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None:
         return given
@@ -68,7 +71,28 @@ def fitted(given: Given, model: nn.Module) -> Given:
         return tensor.to(parameter.dtype) if tensor.is_floating_point() else tensor
 
     batches = [to_device(map_tensors(cast, batch), parameter.device) for batch in given.batches]
-    return Given(batches, given.notes)
+    first = batches[0][0] if isinstance(batches[0], (tuple, list)) else None
+    if (
+        not isinstance(first, Tensor)
+        or first.is_floating_point()
+        or first.is_complex()
+        or any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in model.modules())
+        or _runs(model, first)
+        or not _runs(model, first.to(parameter.dtype))
+    ):
+        return Given(batches, given.notes)
+    batches = [(batch[0].to(parameter.dtype), *batch[1:]) for batch in batches]
+    name = str(parameter.dtype).removeprefix("torch.")
+    return Given(batches, (*given.notes, f"integer inputs were made {name}"))
+
+
+def _runs(model: nn.Module, inputs: Tensor) -> bool:
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(model).eval()(inputs[:2])
+    except Exception:  # models fail in all ways; what matters is said when it is examined
+        return False
+    return True
 
 
 def find_data(name: str, amount: Amount) -> Given:

@@ -53,6 +53,12 @@ def loss_for(batches: Any) -> Callable[..., Tensor]:
 def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
     """Mean cross-entropy; the classes may be the second axis, or the last one as in text models."""
     logits = _logits(outputs)
+    if not targets.is_floating_point() and targets.ndim == logits.ndim:
+        # A class axis of length one, as a column of a table has it.
+        axis = -1 if targets.shape[:-1] == logits.shape[:-1] else 1
+        targets = targets.squeeze(axis)
+    if targets.is_floating_point() and targets.shape != logits.shape and _is_whole(targets):
+        targets = targets.long()
     usual = (logits.shape[0], *logits.shape[2:]) == tuple(targets.shape)
     if not usual and logits.shape[:-1] == targets.shape:
         logits, targets = logits.flatten(0, -2), targets.flatten()
@@ -69,8 +75,14 @@ def mse(outputs: Any, targets: Tensor) -> Tensor:
             f"The model returns the shape {tuple(values.shape)}, the targets have "
             f"{tuple(targets.shape)}: a squared error needs equal ones."
         )
+        if targets.ndim < values.ndim and _is_whole(targets):
+            msg += " If they are labels, pass --loss cross_entropy."
         raise FactoryError(msg)
     return nn.functional.mse_loss(values, targets)
+
+
+def _is_whole(targets: Tensor) -> bool:
+    return bool((targets == targets.round()).all())
 
 
 def _logits(outputs: Any) -> Tensor:

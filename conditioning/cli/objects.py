@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -63,15 +64,16 @@ def _near(name: str, owner: Any) -> str:
     return f"it defines {join_names(own) or 'nothing'}."
 
 
-def _reachable(folder: Path) -> None:
+def _reachable(folder: Path, *, last: bool = False) -> None:
     if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+        sys.path.insert(len(sys.path) if last else 0, str(folder))
 
 
 def _from_name(name: str) -> ModuleType:
     _reachable(Path.cwd())
     try:
-        return importlib.import_module(name)
+        with _arguments(name):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         # The module itself, or a package that it is in; not one that it imports.
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
@@ -82,33 +84,69 @@ def _from_name(name: str) -> ModuleType:
             )
             raise ObjectNotFoundError(msg) from error
         raise _failed_import(name, error) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed_import(name, error) from error
+
+
+@contextlib.contextmanager
+def _arguments(program: str) -> Iterator[None]:
+    """Code of others sees no options of this command line, of which it would know none."""
+    before, sys.argv = sys.argv, [program]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _is_taken(name: str, path: Path) -> bool:
+    """Whether a module of another file, such as an installed one, has this name."""
+    if name in sys.modules:
+        origin = getattr(sys.modules[name], "__file__", None) or "built in"
+    else:
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            spec = None
+        origin = spec.origin if spec is not None else None
+    return origin is not None and Path(origin).resolve() != path.resolve()
 
 
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         msg = f"There is no file {str(path)!r}."
         raise ObjectNotFoundError(msg)
-    _reachable(path.resolve().parent)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A tqdm.py must not take the place of the tqdm that others import.
+    taken = _is_taken(path.stem, path)
+    name = f"_examined_{path.stem}" if taken else path.stem
+    _reachable(path.resolve().parent, last=taken)
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         msg = f"{str(path)!r} cannot be imported."
         raise ObjectNotFoundError(msg)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickles look their module up here while it is executed.
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with _arguments(str(path)):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         raise _failed_import(str(path), error) from error
     return module
 
 
-def _failed_import(name: str, error: Exception) -> ObjectNotFoundError:
+def _failed_import(name: str, error: BaseException) -> ObjectNotFoundError:
+    if isinstance(error, SystemExit):
+        return ObjectNotFoundError(
+            f"Importing {name} ended the program ({_exit(error)}). Put what runs it below "
+            f"if __name__ == '__main__'."
+        )
     return ObjectNotFoundError(
         f"Importing {name} raised {type(error).__name__}: {error} (--debug shows where)."
     )
+
+
+def _exit(error: SystemExit) -> str:
+    return f"SystemExit: {error.code}"
 
 
 def call(factory: Callable[..., Any], name: str, returns: str) -> Any:
@@ -127,7 +165,14 @@ def call(factory: Callable[..., Any], name: str, returns: str) -> Any:
         )
         raise FactoryError(msg)
     try:
-        return factory()
+        with _arguments(name.rpartition(":")[0]):
+            return factory()
+    except SystemExit as error:
+        msg = (
+            f"{name} ended the program ({_exit(error)}). It is called without arguments, also "
+            f"without those of a command line: write a function that reads none."
+        )
+        raise FactoryError(msg) from error
     except Exception as error:
         msg = f"{name} raised {type(error).__name__}: {error} (--debug shows where)."
         raise FactoryError(msg) from error

@@ -45,6 +45,10 @@ class Outputs:
         if "-" in (self.text, self.html):
             msg = "Only --json can go to the standard output (-): the text does so by itself."
             raise OutputPathError(msg)
+        for form, name in (("json", self.json), ("text", self.text), ("html", self.html)):
+            if name == "":
+                msg = f"--{form} needs the name of a file, got an empty one."
+                raise OutputPathError(msg)
         files = self._files()
         for form, path in files.items():
             if path.suffix.lower() not in _SUFFIXES[form]:

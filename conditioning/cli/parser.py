@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from typing import NoReturn
 
 from conditioning.errors import InvalidArgumentError
@@ -23,13 +24,37 @@ _FACTORY = (
 )
 
 
+LEAST_MATVECS = 50  # as checkup() refuses less
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are errors of this package: one line, no usage."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of ending the process."""
+        if message.endswith("required: FACTORY"):
+            message += "; it comes before --blocks and --params, which take all that follows"
         msg = f"{message} ({self.prog} --help shows the options)"
         raise InvalidArgumentError(msg)
+
+
+def parse(arguments: Sequence[str], version: str) -> argparse.Namespace:
+    """The options that are given.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If they are not understood.
+    """
+    parser = make_parser(version)
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        msg = (
+            f"unrecognized arguments: {' '.join(rest)} ({parser.prog} {options.command} --help "
+            f"shows the options)"
+        )
+        raise InvalidArgumentError(msg)
+    return options
 
 
 def make_parser(version: str) -> Parser:
@@ -40,12 +65,16 @@ def make_parser(version: str) -> Parser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, text, add in (
-        ("checkup", "examine a model", _checkup),
-        ("compare", "set two checkups beside each other", _compare),
-        ("show", "print a checkup that was saved, or write it in another form", _show),
+    for name, usage, text, add in (
+        ("checkup", "FACTORY", "examine a model", _checkup),
+        ("compare", "A.json B.json", "set two checkups beside each other", _compare),
+        ("show", "A.json", "print a checkup that was saved, or write it in another form", _show),
     ):
-        command = commands.add_parser(name, help=text, description=f"{text}.", allow_abbrev=False)
+        command = commands.add_parser(
+            name, help=text, description=f"{text}.", allow_abbrev=False,
+            # The usual form has options first, where --blocks would take the rest as names.
+            usage=f"%(prog)s {usage} [options]",
+        )  # fmt: skip
         add(command)
         command.add_argument("--debug", action="store_true", help="show where an error arose")
     return parser
@@ -90,11 +119,13 @@ def _checkup(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--learning-rate", type=positive, metavar="X", help="yours, for plain SGD: is it too large?"
     )
-    what.add_argument("--momentum", type=float, default=0.0, metavar="X", help="default 0")
+    what.add_argument("--momentum", type=momentum, default=0.0, metavar="X", help="default 0")
     what.add_argument(
         "--budget", type=seconds, default=60.0, metavar="SECONDS", help="default 60; none: no limit"
     )
-    what.add_argument("--max-matvecs", type=int, metavar="N", help="products at most")
+    what.add_argument(
+        "--max-matvecs", type=products, metavar="N", help="products at most, 50 or more"
+    )
     what.add_argument(
         "--seed", type=seed, default=0, metavar="N",
         help="of random vectors and inputs, and of weights that FACTORY draws; default 0",
@@ -180,6 +211,30 @@ def positive(text: str) -> float:
         number = math.nan
     if not 0 < number < math.inf:
         msg = f"expected a number above 0, got {text!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return number
+
+
+def momentum(text: str) -> float:
+    """A number from 0 to below 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < 1:
+        msg = f"expected a number from 0 to below 1, got {text!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return number
+
+
+def products(text: str) -> int:
+    """As many products as a checkup needs at least."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < LEAST_MATVECS:
+        msg = f"expected an integer of at least {LEAST_MATVECS}, got {text!r}"
         raise argparse.ArgumentTypeError(msg)
     return number
 
