@@ -433,18 +433,33 @@ def test_learning_rate(quotient, fires):
     check_complete(report)
 
 
-def test_ill_conditioning_is_a_remark():
-    report = checkup(findings=False)
-    hessian = report.hessian
+def conditioned(low, status="certified", negative=0.0):
+    hessian = checkup(findings=False).hessian
+    number = dataclasses.replace(
+        hessian.condition10, value=1e9, low=low, high=math.inf, status=status
+    )
+    return clean(hessian=dataclasses.replace(hessian, condition10=number, index=exact(negative)))
 
-    def conditioned(low):
-        number = dataclasses.replace(hessian.condition10, value=1e9, low=low, high=math.inf)
-        return clean(hessian=dataclasses.replace(hessian, condition10=number))
+
+def test_ill_conditioning_is_a_remark():
 
     assert kinds(conditioned(0.9e6)) == []
     assert kinds(conditioned(1.1e6), "remark") == ["ill-conditioned"]
     assert kinds(conditioned(1.1e6), "problem") == []
     check_complete(conditioned(1.1e6))
+
+
+@pytest.mark.parametrize("status", ["not resolvable", "lower bound only", "inconclusive"])
+def test_a_condition_number_of_rounding_is_no_finding(status):
+    assert kinds(conditioned(1e12, status)) == []
+    assert kinds(conditioned(1e12, "exhausted")) == ["ill-conditioned"]
+
+
+@pytest.mark.parametrize(("negative", "bowl"), [(0.0, True), (0.09, True), (0.11, False)])
+def test_steps_to_a_minimum_are_named_where_there_is_one(negative, bowl):
+    sentence = lead(conditioned(1e7, negative=negative)).sentence
+    assert ("reduce an error" in sentence) == bowl
+    assert ("no minimum" in sentence) != bowl
 
 
 def test_nonfinite_leads():

@@ -45,6 +45,8 @@ _BOUNDED = ("tanh", "sigmoid", "hardtanh", "relu6")
 _ONE_SIDED = ("relu", "relu6", "elu", "selu", "gelu", "silu", "softplus")
 #: Layers whose gates are free to keep a gradient, whatever they do at first.
 _GATED = ("LSTM", "GRU", "LSTMCell", "GRUCell")
+#: Condition numbers whose enclosure is one of the matrix, not of rounding or of a small budget.
+_RESOLVED = ("exact", "exhausted", "certified")
 #: These cut or bend the way of the gradient, so norms along the depth follow from them.
 _CAUSES = ("dead-units", "saturated-units", "recurrent-explodes")
 
@@ -249,8 +251,8 @@ def _transitions(report: Checkup) -> Iterator[Finding]:
             f"The gradient leaves the transition '{block.name}' with {block.ratio.brief()} of its "
             f"norm; half of the other blocks keep {usual:.3g} or more.{about}",
             f"Make {_names(names)} norm-preserving: conditioning.Procrustes({names}, model=model) "
-            f"sets all singular values to one, sqrt(c_out / c_in), and holds them there in "
-            f"training.",
+            f"sets all singular values equal, at the value that keeps the norm, and holds them "
+            f"there in training.",
             block.ratio, limit, f"blocks[{report.blocks.index(block)}].ratio",
         )  # fmt: skip
 
@@ -274,14 +276,23 @@ def _learning_rate(report: Checkup) -> Iterator[Finding]:
 def _ill_conditioned(report: Checkup) -> Iterator[Finding]:
     # The Gauss-Newton matrix has no say: it is zero wherever parameters outnumber the outputs.
     spectrum = report.hessian
-    if spectrum is None or not spectrum.condition10.low > limits.CONDITION:
+    # Where it is not resolvable the lower end is that of rounding, not of the network.
+    if spectrum is None or spectrum.condition10.status not in _RESOLVED:
         return
-    number = spectrum.condition10.estimate
+    if not spectrum.condition10.low > limits.CONDITION:
+        return
+    number, negative = spectrum.condition10.estimate, spectrum.index.value
+    meaning = (
+        f"along a tenth of the directions gradient descent at its largest stable step needs some "
+        f"{number.low / 2:.2g} steps to reduce an error by 1/e."
+        if negative <= limits.INDEFINITE
+        else f"along a tenth of the directions the loss is so much less curved than along the "
+        f"steepest one. {negative:.0%} of the eigenvalues are negative, so this is no minimum, and "
+        f"the number does not say how fast descent gets to one."
+    )
     yield Finding(
         "ill-conditioned", "remark", _weight(number.low, limits.CONDITION), (),
-        f"kappa_10 of the Hessian is at least {number.low:.3g}: along a tenth of the directions "
-        f"gradient descent at its largest stable step needs some {number.low / 2:.2g} steps to "
-        f"reduce an error by 1/e.",
+        f"kappa_10 of the Hessian is at least {number.low:.3g}: {meaning}",
         "Normalise inputs and activations, or use a method that rescales directions (Adam, K-FAC, "
         "Shampoo).",
         number, limits.CONDITION, "hessian.condition10",

@@ -60,6 +60,10 @@ STEP = 1.0
 #: Gradient descent at its best step reduces an error along a direction of curvature ``lambda`` by
 #: ``1/e`` in about ``kappa / 2`` steps: a million is beyond most trainings.
 CONDITION = 1e6
+#: ``kappa_10`` leaves a tenth of the directions aside. Of a Hessian with more negative eigenvalues
+#: than that, directions in which descent leads away are among the rest: steps to a minimum say
+#: nothing there.
+INDEFINITE = 0.1
 
 #: ``1 / sqrt(E f(z)^2)`` with z standard normal for ReLU, GELU and SiLU: with this gain a layer in
 #: front of ``f`` keeps the second moment. tanh and hardtanh have slope 1 at zero, where a gain of 1
