@@ -20,7 +20,7 @@ from conditioning.checkup import (
     StepSize,
     limits,
 )
-from conditioning.checkup.depth import carriers, holds, pooled
+from conditioning.checkup.depth import carriers, growth_of, holds, pooled, pooled_between
 from conditioning.checkup.findings import find
 from conditioning.theory import initial_ratios
 
@@ -207,14 +207,105 @@ def test_the_first_plain_block_is_left_out_with_the_data_in_front_of_it():
 
 def test_pooling_may_lose_norm():
     shapes = "8x4x32x32 -> 8x4"
-    pool = block(1, 0.9 / 32, kind="plain", shapes=shapes)
+    pool = block(1, 0.9 / 32, kind="plain", shapes=shapes, act=(32.0, 1.0))
     assert pooled(pool) == 1024
-    assert pooled(block(1, 1.0, kind="plain", shapes="8x5x16 -> 8x16")) == 1  # no image
+    assert pooled(block(1, 1.0, kind="plain", shapes="8x5x16 -> 8x16")) == 5  # over time
     assert pooled(block(1, 1.0, kind="identity", shapes=shapes)) == 1
     limit = 1 / limits.fair_factor(2)
     low = dataclasses.replace(block(0, 1.0, kind="plain"))
     for product, expected in ((limit / 30, []), (limit / 40, ["gradient-vanishes"])):
         assert kinds(clean(blocks=(low, pool), product=exact(product))) == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "positions"),
+    [
+        ("8x1000x32", "8x32", 1000), ("8x4x8x8", "8x4", 64), ("8x4x8x8", "8x256", 1),
+        ("8x64", "8x32", 1), ("8x32", "8x50x32", 1), ("8x32 / 8x32", "8x32", 1), ("", "", 1),
+    ],
+)  # fmt: skip
+def test_means_between_blocks_may_lose_norm(before, after, positions):
+    first = block(0, 1.0, kind="plain", shapes=f"{before} -> {before}" if before else "scalar")
+    last = block(1, 1.0, kind="plain", shapes=f"{after} -> {after}" if after else "scalar")
+    assert pooled_between(first, last) == positions
+    limit = 1 / limits.fair_factor(2) / math.sqrt(positions)
+    for product, expected in ((limit * BEYOND, []), (limit / BEYOND, ["gradient-vanishes"])):
+        assert kinds(clean(blocks=(first, last), product=exact(product))) == expected
+
+
+def behind_first(*, grad_out, act_in=1.0, followed_by="relu"):
+    """A plain net in whose first block the gradient is ``grad_out``, 1 in front of the next."""
+    report = chain([1.0, 1.0, 1.0], kind="plain")
+    blocks = [dataclasses.replace(b, product=exact(1.0)) for b in report.blocks]
+    blocks[0] = dataclasses.replace(blocks[0], grad_out=exact(grad_out))
+    blocks[1] = dataclasses.replace(blocks[1], act_in=exact(act_in))
+    layers = (layer(0, 1.4, followed_by=followed_by), layer(1, 1.4), layer(2, 1.4))
+    return dataclasses.replace(report, blocks=tuple(blocks), layers=layers)
+
+
+def test_a_normalisation_behind_the_first_block_has_the_scale_of_the_data():
+    assert kinds(behind_first(grad_out=1e-5)) == ["gradient-vanishes"]
+    assert kinds(behind_first(grad_out=1e-5, followed_by="normalisation")) == []
+    # Behind an activation it shows by what it does to the scale of the activations.
+    assert kinds(behind_first(grad_out=1e-5, act_in=1e-5)) == []
+    assert kinds(behind_first(grad_out=1e-5, act_in=0.1)) == ["gradient-vanishes"]
+    assert kinds(behind_first(grad_out=0.0, act_in=0.0)) == ["gradient-vanishes"]
+
+
+def test_what_is_lost_between_blocks_is_said_so():
+    report = chain([1.0] * 5, kind="plain", product=exact(1e-6))
+    blocks = list(report.blocks)
+    for index in range(3):
+        norm = exact(1e-6)
+        blocks[index] = dataclasses.replace(blocks[index], grad_in=norm, grad_out=norm)
+    report = dataclasses.replace(report, blocks=tuple(blocks))
+    found = lead(report)
+    assert (found.kind, found.where) == ("gradient-vanishes", ())
+    assert "between 'b.2' and 'b.3'." in found.sentence
+    assert "between 'b.2' and 'b.3'" in found.remedy
+    # A little at each of many places has no name.
+    for index in range(5):
+        before, after = exact(10.0 ** (2 * index - 10)), exact(10.0 ** (2 * index - 9.9))
+        blocks[index] = dataclasses.replace(blocks[index], grad_in=before, grad_out=before)
+        blocks[index] = dataclasses.replace(blocks[index], grad_out=after, ratio=exact(10**-0.1))
+    found = lead(dataclasses.replace(report, blocks=tuple(blocks), product=exact(1e-8)))
+    assert "between the blocks" in found.sentence
+    assert "skips" in found.remedy
+
+
+def added(growth, count):
+    """A model that adds branches of two plain blocks to a stream; each grows the gradient so."""
+    blocks, norm = [], 1.0
+    for index in reversed(range(2 * count)):
+        first = index % 2 == 0
+        after, norm = (norm / 7, norm * growth) if first else (norm, norm)
+        entry = block(index, (norm if first else 0.9 * norm) / after, kind="plain")
+        entry = dataclasses.replace(
+            entry, grad_in=exact(norm if first else 0.9 * norm), grad_out=exact(after),
+            branch_share=0.5, product=exact(norm),
+        )  # fmt: skip
+        blocks.append(entry)
+    return clean(blocks=tuple(reversed(blocks)), product=exact(norm))
+
+
+@pytest.mark.parametrize(("factor", "fires"), [(BEYOND, True), (1 / BEYOND, False)])
+def test_branches_that_the_model_adds_are_residual_blocks(factor, fires):
+    each = (limits.second_half(1) * factor) ** (1 / 10)
+    report = added(each, 20)
+    assert kinds(report) == (["unscaled-branches"] if fires else [])
+    if fires:
+        assert "20 residual blocks" in lead(report).sentence
+        assert "1/sqrt(20)" in lead(report).remedy
+        check_complete(report)
+
+
+def test_no_skips_are_recommended_where_the_model_has_them():
+    few = added(30.0, limits.FEWEST_BLOCKS - 1)
+    layers = tuple(layer(i, 3.0) for i in range(6))
+    found = lead(dataclasses.replace(few, layers=layers))
+    assert found.kind == "gradient-explodes"
+    assert "Lead identity skips" not in found.remedy
+    assert "branches" in found.remedy
 
 
 # ---------------------------------------------------------------------- weights
@@ -328,6 +419,26 @@ def test_saturated_units_name_the_worst_first():
     check_complete(report)
 
 
+@pytest.mark.parametrize(
+    ("function", "depth", "fires"),
+    [("sigmoid", 9, False), ("sigmoid", 3, True), ("tanh", 9, True), ("hardtanh", 9, True)],
+)
+def test_a_sigmoid_that_returns_probabilities_may_be_sure(function, depth, fires):
+    uses = (use("out", function=function, flat=0.99, depth=depth),)
+    report = clean(layers=(layer(1, 1.4), layer(2, 1.4)), activations=uses)  # depths 2 and 4
+    assert kinds(report) == (["saturated-units"] if fires else [])
+
+
+def test_the_slope_of_a_sigmoid_that_returns_probabilities_is_not_that_of_the_depth():
+    report = chain([1.0, 1.0, 1.0, 1e-5], kind="plain")
+    layers = tuple(layer(i, 1.4) for i in range(4))
+    out = use("b.3.act", function="sigmoid", flat=0.99, depth=7)
+    blocks = tuple(dataclasses.replace(b, product=exact(1e-5)) for b in report.blocks)
+    report = dataclasses.replace(report, layers=layers, blocks=blocks)
+    assert kinds(report) == ["gradient-vanishes"]
+    assert kinds(dataclasses.replace(report, activations=(out,))) == []
+
+
 def test_activations_alone_out_of_range():
     grown = tuple(block(i, 1.0, act=(10.0**i, 10.0 ** (i + 1))) for i in range(6))
     report = clean(blocks=grown, product=exact(1.0))
@@ -338,6 +449,32 @@ def test_activations_alone_out_of_range():
     # With the gradient out of range as well it is one finding.
     report = clean(blocks=grown, product=exact(1e6))
     assert kinds(report) == ["gradient-explodes"]
+
+
+def test_a_head_of_few_outputs_does_not_vanish():
+    """A regression net: Frobenius norms fall with the width, root mean squares do not."""
+    wide = block(0, 1.0, kind="plain", act=(80.0, 52.0), shapes="64x100 -> 64x256")
+    inner = block(1, 1.0, kind="plain", act=(52.0, 22.0), shapes="64x256 -> 64x256")
+    head = block(2, 1.0, kind="plain", act=(22.0, 0.01), shapes="64x256 -> 64x1")
+    layers = tuple(layer(i, 1.0, role="head" if i == 2 else "layer") for i in range(3))
+    report = clean(blocks=(wide, inner, head), product=exact(1.0), layers=layers)
+    assert kinds(report) == []
+    narrow = block(0, 1.0, kind="plain", act=(64.0, 1.0), shapes="64x64 -> 64x4096")
+    assert growth_of([narrow]).value == pytest.approx(1 / 512)
+    assert kinds(clean(blocks=(narrow,), product=exact(1.0))) == ["activations-vanish"]
+
+
+def test_growth_goes_over_blocks_with_nothing_between_them():
+    """In front of a normalisation, or of a mean over time, activations have a scale of their own."""
+    first, second = (block(i, 1.0, act=(10.0, 100.0)) for i in range(2))
+    limit = limits.fair_factor(1)
+    assert limit < 10 * 10
+    assert kinds(clean(blocks=(first, second), product=exact(1.0))) == []
+    linked = dataclasses.replace(second, act_in=exact(100.0), act_out=exact(1000.0))
+    assert kinds(clean(blocks=(first, linked), product=exact(1.0))) == ["activations-explode"]
+    # One norm by chance is not one tensor.
+    other = dataclasses.replace(linked, shapes="8x3 -> 8x3", depth=1)
+    assert kinds(clean(blocks=(first, other), product=exact(1.0))) == []
 
 
 @pytest.mark.parametrize(
@@ -449,7 +586,7 @@ def test_ill_conditioning_is_a_remark():
     check_complete(conditioned(1.1e6))
 
 
-@pytest.mark.parametrize("status", ["not resolvable", "lower bound only", "inconclusive"])
+@pytest.mark.parametrize("status", ["not resolvable", "lower bound only", "depends on threshold"])
 def test_a_condition_number_of_rounding_is_no_finding(status):
     assert kinds(conditioned(1e12, status)) == []
     assert kinds(conditioned(1e12, "exhausted")) == ["ill-conditioned"]
@@ -472,6 +609,25 @@ def test_nonfinite_leads():
     assert "b.3" in found[0].sentence
     assert len(found) == 1  # behind NaN no other number means anything
     assert kinds(clean(loss=exact(math.inf))) == ["nonfinite"]
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_at_a_finite_loss(norm):
+    report = clean(gradient_norm=exact(norm), loss=exact(1.4))
+    assert kinds(report) == ["nonfinite"]
+    assert lead(report).evidence == "gradient_norm"
+    assert f"{norm}" in lead(report).sentence
+
+
+def test_a_gradient_of_exactly_zero():
+    report = clean(gradient_norm=exact(0.0))
+    assert kinds(report, "problem") == ["gradient-zero"]
+    check_complete(report)
+    assert kinds(clean(gradient_norm=exact(5e-324))) == []
+    assert kinds(clean(gradient_norm=Estimate(1e-9, 0.0, 1e-8))) == []
+    # Where units without slope explain it, it follows from them.
+    dead = clean(gradient_norm=exact(0.0), activations=(use("a", dead=1.0, flat=1.0),))
+    assert kinds(dead, "problem") == ["dead-units"]
 
 
 def test_problems_come_first_and_then_by_weight():

@@ -9,14 +9,19 @@ from dataclasses import dataclass
 from conditioning.checkup import limits
 from conditioning.checkup.depth import (
     Chain,
+    additions_of,
     base,
     carriers,
     chain_of,
+    growth_of,
     holds,
+    is_added,
     log,
     logs,
     over,
     pooled,
+    pooled_between,
+    quotient,
     runs_of,
 )
 from conditioning.checkup.readings import BlockReading, Finding, LayerReading
@@ -70,12 +75,26 @@ def along_depth(report: Checkup, found: Sequence[Finding]) -> list[Finding]:
     return [f for f in (_activations(chain), _collapse(report, chain)) if f is not None][:1]
 
 
-def _fair(number: Estimate, blocks: Sequence[BlockReading]) -> float | None:
-    """The limit that a number is beyond with its whole enclosure, if it is."""
+def _fair(
+    number: Estimate,
+    blocks: Sequence[BlockReading],
+    gaps: Sequence[tuple[BlockReading, BlockReading]] = (),
+) -> float | None:
+    """The limit that a number is beyond with its whole enclosure, if it is.
+
+    Parameters
+    ----------
+    number : Estimate
+    blocks : sequence of BlockReading
+        Over which it goes.
+    gaps : sequence of pairs of BlockReading
+        Between which it goes.
+    """
     most = limits.fair_factor(len(blocks))
     if number.low > most:
         return most
-    least = 1 / (most * math.sqrt(math.prod(pooled(block) for block in blocks)))
+    means = math.prod(map(pooled, blocks)) * math.prod(pooled_between(*gap) for gap in gaps)
+    least = 1 / (most * math.sqrt(means))
     return least if number.high < least else None
 
 
@@ -89,15 +108,21 @@ def _weight(number: Estimate, limit: float) -> float:
 def _unscaled(report: Checkup, chain: Chain) -> Finding | None:
     """Runs of residual blocks over whose second half the gradient grows by more than a power."""
     runs = [run for run in runs_of(chain) if len(run) >= limits.FEWEST_BLOCKS]
-    late = [block for run in runs for block in run[len(run) // 2 :]]
-    second, limit = over(b.ratio for b in late), limits.second_half(len(runs))
-    if not runs or not second.low > limit:
+    added = [run for run in additions_of(chain) if len(run) >= limits.FEWEST_BLOCKS]
+    halves = [run[len(run) // 2 :] for run in (*runs, *added)]
+    late = [block for half in halves for block in half]
+    # From end to end: norms of several batches at each addition would widen what is enclosed.
+    ends = [_over_run(half) for half in halves[len(runs) :]]
+    second = over([*(b.ratio for half in halves[: len(runs)] for b in half), *ends])
+    limit = limits.second_half(len(halves))
+    if not halves or not second.low > limit:
         return None
     blocks = chain.of_kind("identity", "transition")
-    count, product = len(blocks), over(b.ratio for b in blocks)
+    product = over([*(b.ratio for b in blocks), *map(_over_run, added)])
+    count = len(blocks) + sum(map(len, added))
     tau = scaling_factor(count, 0.5)
     worst = carriers(late, limits.MOST)[:_SHOWN]
-    index = report.blocks.index(worst[0])
+    evidence = f"blocks[{[b.name for b in report.blocks].index(worst[0].name)}]"
     return Finding(
         "unscaled-branches", "problem", _weight(second, limit), tuple(b.name for b in worst),
         f"The gradient grows by {product.value:.3g} over {count} residual blocks, and in the "
@@ -106,13 +131,17 @@ def _unscaled(report: Checkup, chain: Chain) -> Finding | None:
         f"{_listed(worst)}.",
         f"Multiply the branches by tau = 1/sqrt({count}) = {tau:.3g}, which bounds the growth by a "
         f"constant (arXiv:1903.07120), or put a normalisation into each branch.",
-        second, limit, f"blocks[{index}].ratio",
+        second, limit, f"{evidence}.{'ratio' if worst[0] in report.blocks else 'grad_in'}",
     )  # fmt: skip
 
 
+def _over_run(run: Sequence[BlockReading]) -> Estimate:
+    return quotient(run[0].grad_in, run[-1].grad_out)
+
+
 def _gradient(report: Checkup, chain: Chain, found: Sequence[Finding]) -> Finding | None:
-    limit = _fair(chain.product, chain.covered)
-    if limit is None or not chain.known:
+    limit = _fair(chain.product, chain.covered, chain.gaps)
+    if limit is None:
         return None
     lost = limit < 1
     whole = logs(chain.product).value
@@ -120,20 +149,23 @@ def _gradient(report: Checkup, chain: Chain, found: Sequence[Finding]) -> Findin
     explained = sum(log(b.ratio.value) for b in chain.known if b.name in said)
     if said and explained / whole >= limits.MOST:
         return None
+    between = _between(chain, whole)
     gains = _gains(report, chain)
-    by_gain = gains is not None and gains.total / whole >= limits.MOST
+    by_gain = gains is not None and gains.total / whole >= limits.MOST and between is None
     plain = _plain_layers(report, chain)
     if gains is not None and by_gain and len(plain) < limits.PLAIN_DEPTH:
         return _gain(report, chain, gains, limit)
     worst = carriers(chain.known, limits.MOST)
-    one = len(worst) == 1 and len(chain.known) > 2
+    one = between is None and len(worst) == 1 and len(chain.known) > 2
     shown = worst[:_SHOWN]
-    spread = (
-        f"Most of that happens in {_listed(shown)}."
-        if one or len(worst) < max(len(chain.known) // 4, 2)
-        else f"It is spread over the depth: half of it comes from {len(worst)} blocks, most of all "
-        f"{_listed(shown)}."
-    )
+    if between is not None:
+        spread = f"Most of that happens between {between}."
+        remedy = f"Look at what runs between {between}, outside of them."
+    else:
+        few = one or len(worst) < max(len(chain.known) // 4, 2)
+        spread = _spread(worst, few=few, inside=_share(chain, whole) >= limits.MOST)
+        no_skips = bool(plain) and not chain.has_skips
+        remedy = _remedy(shown, one=one, plain=no_skips, gains=gains)
     scale = ""
     if gains is not None and by_gain:
         scale = (
@@ -145,9 +177,40 @@ def _gradient(report: Checkup, chain: Chain, found: Sequence[Finding]) -> Findin
         _weight(chain.product, limit), tuple(b.name for b in shown) if one else (),
         f"{_changed(chain)}; healthy nets of this depth stay {'above' if lost else 'below'} "
         f"{limit:.2g}. {spread}{scale}",
-        _remedy(shown, one=one, plain=bool(plain) and not chain.of_kind("identity"), gains=gains),
-        chain.product, limit, chain.evidence,
+        remedy, chain.product, limit, chain.evidence,
     )  # fmt: skip
+
+
+def _spread(worst: Sequence[BlockReading], *, few: bool, inside: bool) -> str:
+    """Which blocks change the gradient most."""
+    names = _listed(worst[:_SHOWN])
+    if not inside:
+        among = f"; of the blocks most in {names}" if names else ""
+        return f"Most of that happens between the blocks{among}."
+    if few:
+        return f"Most of that happens in {names}."
+    return (
+        f"It is spread over the depth: half of it comes from {len(worst)} blocks, most of all "
+        f"{names}."
+    )
+
+
+def _share(chain: Chain, whole: float) -> float:
+    """How much of the logarithm happens inside of blocks."""
+    return sum(log(block.ratio.value) for block in chain.known) / whole
+
+
+def _between(chain: Chain, whole: float) -> str | None:
+    """The names of the two blocks between which most of the gradient is lost or gained, if any."""
+    if _share(chain, whole) >= limits.MOST:
+        return None
+    jumps = [
+        (log(jump.value) / whole, first.name, after.name)
+        for first, after in chain.gaps
+        if not math.isnan((jump := quotient(first.grad_out, after.grad_in)).value)
+    ]
+    share, first, after = max(jumps, default=(0.0, "", ""))
+    return f"'{first}' and '{after}'" if share >= limits.MOST else None
 
 
 def _changed(chain: Chain) -> str:
@@ -183,8 +246,8 @@ def _listed(blocks: Sequence[BlockReading]) -> str:
 
 
 def _plain_layers(report: Checkup, chain: Chain) -> list[LayerReading]:
-    """Layers in blocks without a skip."""
-    plain = [block for block in chain.blocks if block.kind == "plain"]
+    """Layers in blocks without a skip, in them or around them."""
+    plain = [block for block in chain.blocks if block.kind == "plain" and not is_added(block)]
     return [layer for layer in report.layers if any(holds(b.name, layer.name) for b in plain)]
 
 
@@ -249,32 +312,37 @@ def _gain(report: Checkup, chain: Chain, gains: _Gains, beyond: float) -> Findin
 
 
 def _activations(chain: Chain) -> Finding | None:
-    if math.isnan(chain.growth.value):
-        return None
-    limit = _fair(chain.growth, chain.blocks)
-    if limit is None:
-        return None
+    found: list[Finding] = []
+    for segment in chain.segments:
+        growth = growth_of(segment)
+        limit = None if math.isnan(growth.value) else _fair(growth, segment)
+        if limit is not None:
+            found.append(_out_of_range(growth, limit, segment, chain))
+    return max(found, key=lambda finding: finding.weight, default=None)
+
+
+def _out_of_range(
+    growth: Estimate, limit: float, segment: Sequence[BlockReading], chain: Chain
+) -> Finding:
     lost = limit < 1
-    grown = [
-        (log(b.act_out.value) - log(b.act_in.value), b) for b in chain.blocks if b.act_in.value > 0
-    ]
-    grown.sort(key=lambda pair: pair[0] if lost else -pair[0])
-    worst = [b for _, b in grown[:1]]
+    grown = [(growth_of([block]).value, block) for block in segment if block.act_in.value > 0]
+    change, worst = (min if lost else max)(grown, key=lambda pair: pair[0])
+    name = worst.name
     return Finding(
         "activations-vanish" if lost else "activations-explode", "problem",
-        _weight(chain.growth, limit), tuple(b.name for b in worst),
-        f"The activations change their norm by {chain.growth.brief()} over {len(chain.blocks)} "
-        f"blocks, most in '{worst[0].name}' ({worst[0].growth:.3g}), while the gradient stays in "
+        _weight(growth, limit), (name,),
+        f"The root mean square of the activations changes by a factor of {growth.brief()} over "
+        f"{len(segment)} blocks, most in '{name}' ({change:.3g}), while the gradient stays in "
         f"range.",
-        f"Look into '{worst[0].name}': the scale of its weights and biases, and a normalisation "
-        f"that hides it from the gradient.",
-        chain.growth, limit, f"blocks[{worst[0].depth}].act_out",
+        f"Look into '{name}': the scale of its weights and biases, and a normalisation that hides "
+        f"it from the gradient.",
+        growth, limit, f"blocks[{worst.depth}].act_out",
     )  # fmt: skip
 
 
 def _collapse(report: Checkup, chain: Chain) -> Finding | None:
     """Plain nets whose gates no longer tell one sample from another."""
-    if chain.of_kind("identity") or report.setting.num_samples < limits.FEWEST_SAMPLES:
+    if chain.has_skips or report.setting.num_samples < limits.FEWEST_SAMPLES:
         return None
     if len(_plain_layers(report, chain)) < limits.PLAIN_DEPTH:
         return None

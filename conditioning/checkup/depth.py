@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from conditioning.checkup.readings import BlockReading, LayerReading
+from conditioning.checkup import limits
+from conditioning.checkup.readings import ActivationReading, BlockReading, LayerReading
 from conditioning.checkup.results import Checkup
 from conditioning.spectrum import Estimate
 
@@ -64,35 +67,55 @@ class Chain:
     blocks : tuple of BlockReading
     product : Estimate
         Gradient norm in front of the first block over that behind the last.
-    growth : Estimate
-        Norm of the activations behind the last over that in front of the first.
     covered : tuple of BlockReading
         The blocks that the product goes over.
     evidence : str
         Where the product stands in the checkup.
+    begin : BlockReading or None
+        The block at whose output the product ends, in front of those that it covers, if any.
+    segments : tuple of tuple of BlockReading
+        Blocks that hand their output to the next one as it is, without the head.
     """
 
     blocks: tuple[BlockReading, ...]
     product: Estimate
-    growth: Estimate
     covered: tuple[BlockReading, ...]
     evidence: str
+    begin: BlockReading | None
+    segments: tuple[tuple[BlockReading, ...], ...]
 
     @property
     def known(self) -> list[BlockReading]:
         """Blocks with a ratio, of those that the product covers."""
         return [block for block in self.covered if not math.isnan(block.ratio.value)]
 
+    @property
+    def gaps(self) -> list[tuple[BlockReading, BlockReading]]:
+        """Neighbours between which the product goes, the earlier block first."""
+        way = self.covered if self.begin is None else (self.begin, *self.covered)
+        return list(itertools.pairwise(way))
+
     def of_kind(self, *kinds: str) -> list[BlockReading]:
         """Blocks of these kinds with a ratio."""
         return [block for block in self.known if block.kind in kinds]
+
+    @property
+    def has_skips(self) -> bool:
+        """Whether there are identity skips, inside of blocks or around them."""
+        return any(block.kind == "identity" or is_added(block) for block in self.blocks)
+
+
+def is_added(block: BlockReading) -> bool:
+    """Whether a block without a skip of its own lies in a branch that the model adds on."""
+    return block.kind == "plain" and block.branch_share is not None
 
 
 def chain_of(report: Checkup) -> Chain:
     """Take the blocks of a checkup that lie in no other, and the norms over all of them.
 
     The gradient in front of a plain first block that holds the first layer is one by the data,
-    which moves no parameter: the product then begins behind that block.
+    which moves no parameter: the product then begins behind that block. It ends in front of a
+    last block with a sigmoid that returns probabilities: where they are right that is flat.
     """
     names = {base(block.name) for block in report.blocks}
     times = [entry.name for entry in report.recurrent]
@@ -102,30 +125,56 @@ def chain_of(report: Checkup) -> Chain:
 
     outer = tuple(block for block in report.blocks if not inside(base(block.name)))
     kept = tuple(b for b in outer if not any(holds(b.name, name) for name in times))
-    product, covered, evidence = report.product, kept, "product"
+    product, covered, evidence, begin = report.product, kept, "product", None
     if len(kept) < len(outer):
         product = over(b.ratio for b in kept)
     elif kept and kept[0].kind == "plain" and _comes_first(kept[0], report.layers):
         covered = kept[1:]
-        product, evidence = _behind(report, kept[0], covered)
-    growth = nan()
-    if kept and len(kept) == len(outer):
-        growth = quotient(kept[-1].act_out, kept[0].act_in)
-    return Chain(kept, product, growth, covered, evidence)
+        product, evidence, begin = _behind(report, kept[0], covered)
+    if covered and covered[-1].kind == "plain" and _returns_shares(covered[-1], report):
+        product = quotient(product, covered[-1].ratio)
+        covered = covered[:-1]
+        if not covered:
+            product = nan()
+    return Chain(kept, product, covered, evidence, begin, tuple(_segments(kept, report.layers)))
 
 
 def _behind(
     report: Checkup, first: BlockReading, covered: Sequence[BlockReading]
-) -> tuple[Estimate, str]:
+) -> tuple[Estimate, str, BlockReading | None]:
     """Gradient norm behind the first block over that behind the last, and where it stands."""
     if not covered:
-        return nan(), ""
+        return nan(), "", None
     after = covered[0]
-    if math.isclose(first.grad_out.value, after.grad_in.value, rel_tol=_SAME):
-        return after.product, f"blocks[{report.blocks.index(after)}].product"
-    # Other ways than through the next block lead there, as in a U-Net.
+    evidence = f"blocks[{report.blocks.index(after)}].product"
+    if _same(first.grad_out, after.grad_in) or _rescaled(first, after, report.layers):
+        return after.product, evidence, None
+    # Something stands between them, or other ways than through the next block lead there, as in a
+    # U-Net.
     evidence = f"blocks[{report.blocks.index(first)}].grad_out"
-    return quotient(first.grad_out, covered[-1].grad_out), evidence
+    return quotient(first.grad_out, covered[-1].grad_out), evidence, first
+
+
+def _rescaled(first: BlockReading, after: BlockReading, layers: Sequence[LayerReading]) -> bool:
+    """Whether a normalisation brings what a block returns to a scale of its own.
+
+    In front of one the scale of the gradient is the inverse of that of the data, and says nothing.
+    A layer in front of one is known for that. Behind an activation it is one if the scale of what
+    the next block takes accounts for most of the jump of the gradient: a factor ``c`` on a tensor
+    is a factor ``c`` on the gradient that comes back.
+    """
+    inside = [layer for layer in layers if holds(first.name, layer.name)]
+    if inside and max(inside, key=lambda layer: layer.depth).normalised:
+        return True
+    if not (first.grad_out.value > 0 and after.grad_in.value > 0 and after.act_in.value > 0):
+        return False
+    jump = log(first.grad_out.value / after.grad_in.value)
+    scale = log(after.act_in.value / _size_in(after)) - log(first.act_out.value / _size_out(first))
+    return limits.MOST <= scale / jump <= 1 / limits.MOST if jump else False
+
+
+def _same(one: Estimate, other: Estimate) -> bool:
+    return math.isclose(one.value, other.value, rel_tol=_SAME)
 
 
 def _comes_first(block: BlockReading, layers: Sequence[LayerReading]) -> bool:
@@ -133,16 +182,100 @@ def _comes_first(block: BlockReading, layers: Sequence[LayerReading]) -> bool:
     return first is not None and holds(block.name, first.name)
 
 
+def returns_shares(use: ActivationReading, layers: Sequence[LayerReading]) -> bool:
+    """Whether a sigmoid runs behind all layers, as one that returns probabilities does.
+
+    Such a one is flat wherever the network is sure, as it should be once it is trained.
+    """
+    last = max((layer.depth for layer in layers), default=math.inf)
+    return use.function == "sigmoid" and use.depth > last
+
+
+def _returns_shares(block: BlockReading, report: Checkup) -> bool:
+    return any(
+        holds(block.name, use.name) and returns_shares(use, report.layers)
+        for use in report.activations
+    )
+
+
+def _segments(
+    blocks: Sequence[BlockReading], layers: Sequence[LayerReading]
+) -> list[tuple[BlockReading, ...]]:
+    """Blocks that follow each other with nothing between them, without a plain head.
+
+    What a head returns has the size of the targets, and what a normalisation or a pooling between
+    blocks returns has one of its own.
+    """
+    last = max(layers, key=lambda layer: layer.depth, default=None)
+    segments: list[list[BlockReading]] = []
+    before: BlockReading | None = None
+    for block in blocks:
+        if block.kind == "plain" and last is not None and holds(block.name, last.name):
+            before = None
+            continue
+        sides = (before.shapes.split(" -> ")[-1], block.shapes.split(" -> ")[0]) if before else ()
+        linked = before is not None and _same(before.act_out, block.act_in)
+        if linked and sides and sides[0] == sides[1]:
+            segments[-1].append(block)
+        else:
+            segments.append([block])
+        before = block
+    return [tuple(segment) for segment in segments]
+
+
+def growth_of(segment: Sequence[BlockReading]) -> Estimate:
+    """Root mean square behind the last block over that in front of the first one."""
+    scale = _size_in(segment[0]) / _size_out(segment[-1])
+    whole = quotient(segment[-1].act_out, segment[0].act_in)
+    return Estimate(whole.value * scale, whole.low * scale, whole.high * scale)
+
+
+def _sides(block: BlockReading) -> list[list[int]]:
+    """Shapes of input and output; empty where they are not those of two tensors."""
+    sides = [side.split("x") for side in block.shapes.split(" -> ")]
+    if len(sides) != 2 or not all(size.isdigit() for side in sides for size in side):
+        return []
+    return [[int(size) for size in side] for side in sides]
+
+
+def _size_in(block: BlockReading) -> float:
+    """Root of the number of entries, between a Frobenius norm and a root mean square."""
+    sides = _sides(block)
+    return math.sqrt(math.prod(sides[0])) or 1.0 if sides else 1.0
+
+
+def _size_out(block: BlockReading) -> float:
+    sides = _sides(block)
+    return math.sqrt(math.prod(sides[1])) or 1.0 if sides else 1.0
+
+
 def pooled(block: BlockReading) -> float:
     """Over how many positions a block without skip takes the mean at most, by its shapes.
 
     A mean over ``k`` positions divides the norm of a gradient by ``sqrt(k)``, with nothing wrong.
     """
-    sides = [side.split("x") for side in block.shapes.split(" -> ")]
-    if block.kind != "plain" or len(sides) != 2 or len(sides[0]) < 4:
+    sides = _sides(block)
+    if block.kind != "plain" or not sides:
         return 1.0
-    before, after = (math.prod(int(size) for size in side[2:]) for side in sides)
+    taken, returned = sides
+    if len(taken) == 3 and len(returned) == 2:
+        # A sequence, whose time is the second axis or the last: the one that is no more there.
+        return float(max((s for s in taken[1:] if s != returned[1]), default=taken[1]))
+    if len(taken) < 4:
+        return 1.0
+    before, after = math.prod(taken[2:]), math.prod(returned[2:])
     return max(before / max(after, 1), 1.0)
+
+
+def pooled_between(first: BlockReading, after: BlockReading) -> float:
+    """The same of what runs between two blocks, by what one returns and the next one takes.
+
+    Of images and sequences only: what has no positions has none to take the mean over.
+    """
+    one, other = _sides(first), _sides(after)
+    if not one or not other or len(one[1]) < 3:
+        return 1.0
+    return max(math.prod(one[1]) / max(math.prod(other[0]), 1), 1.0)
 
 
 def nan() -> Estimate:
@@ -207,6 +340,32 @@ def runs_of(chain: Chain) -> list[list[BlockReading]]:
                 runs.append([block])
         before = block
     return runs
+
+
+def additions_of(chain: Chain) -> list[list[BlockReading]]:
+    """Runs of branches that the model itself adds to a stream, each branch as one identity block.
+
+    A branch begins at a block whose input carries the gradient that the addition before it gets,
+    which is the stream. Behind a normalisation no block does, and then there are no such runs.
+    """
+    runs: list[list[list[BlockReading]]] = []
+    before: BlockReading | None = None
+    for block in chain.blocks:
+        if is_added(block):
+            if before is None or not is_added(before):
+                runs.append([[block]])
+            elif _same(before.grad_out, block.grad_in):
+                runs[-1].append([block])
+            else:
+                runs[-1][-1].append(block)
+        before = block
+    return [[_merged(branch) for branch in run] for run in runs]
+
+
+def _merged(branch: Sequence[BlockReading]) -> BlockReading:
+    first, last = branch[0], branch[-1]
+    ratio = quotient(first.grad_in, last.grad_out)
+    return dataclasses.replace(first, kind="identity", grad_out=last.grad_out, ratio=ratio)
 
 
 def layers_in(block: str, layers: Sequence[LayerReading]) -> list[LayerReading]:

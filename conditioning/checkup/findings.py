@@ -4,9 +4,11 @@ r"""Findings: what the numbers of a checkup say is wrong, the cause first.
 kind                     severity   raised where
 ======================== ========== ==========================================================
 nonfinite                problem    NaN or an infinity came up
+gradient-zero            problem    the gradient by every parameter is exactly zero
 dead-units               problem    more units of an activation have no slope at any sample than
                                     chance explains
-saturated-units          problem    a bounded activation is flat at more than half of its entries
+saturated-units          problem    a bounded activation is flat at more than half of its entries;
+                                    sigmoids behind all layers are left out
 recurrent-explodes       problem    a recurrent layer multiplies the gradient over its steps
 recurrent-vanishes       problem    ... or loses it; a remark where gates can learn to keep it
 transition-loses-        problem    one transition keeps less than half of the gradient's norm, and
@@ -36,7 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from conditioning.checkup import limits
 from conditioning.checkup.along import along_depth
-from conditioning.checkup.depth import base, chain_of, layers_in
+from conditioning.checkup.depth import base, chain_of, layers_in, returns_shares
 from conditioning.checkup.readings import ActivationReading, Finding, Severity
 from conditioning.checkup.results import Checkup
 from conditioning.spectrum import Estimate
@@ -65,7 +67,7 @@ def find(report: Checkup) -> tuple[Finding, ...]:
         Problems first, then by weight: how far a number lies beyond its limit, as a logarithm.
     """
     rules: tuple[Callable[[Checkup], Iterator[Finding]], ...] = (
-        _dead, _saturated, _recurrent, _transitions, _learning_rate, _ill_conditioned,
+        _no_gradient, _dead, _saturated, _recurrent, _transitions, _learning_rate, _ill_conditioned,
     )  # fmt: skip
     broken = tuple(_nonfinite(report))
     if broken:
@@ -113,15 +115,40 @@ def _weight(number: float, limit: float) -> float:
 
 
 def _nonfinite(report: Checkup) -> Iterator[Finding]:
-    if report.nonfinite or not math.isfinite(report.loss.value):
-        where = report.nonfinite or f"The loss is {report.loss.value}."
-        yield Finding(
-            "nonfinite", "problem", math.inf, (), where,
-            "Look at the module that is named: a division by zero, the logarithm or the root of "
-            "what may be zero, an overflow of float16, or NaN in the data. Other numbers of this "
-            "checkup mean little until it is gone.",
-            report.loss, math.inf, "nonfinite" if report.nonfinite else "loss",
-        )  # fmt: skip
+    loss, gradient = report.loss, report.gradient_norm
+    evidence = "gradient_norm" if math.isfinite(loss.value) else "loss"
+    number = gradient if math.isfinite(loss.value) else loss
+    if report.nonfinite:
+        where, look = report.nonfinite, "Look at the module that is named"
+        evidence = "nonfinite"
+    elif not math.isfinite(loss.value):
+        where, look = f"The loss is {loss.value}.", "Look at the loss and at what goes into it"
+    elif not math.isfinite(gradient.value):
+        where = f"The norm of the gradient is {gradient.value}, though the loss is {loss.brief()}."
+        look = "Look at parameters that enter the outputs or the loss outside of the blocks"
+    else:
+        return
+    yield Finding(
+        "nonfinite", "problem", math.inf, (), where,
+        f"{look}: a division by zero, the logarithm or the root of what may be zero, an overflow "
+        f"of float16, or NaN in the data. Other numbers of this checkup mean little until it is "
+        f"gone.",
+        number, math.inf, evidence,
+    )  # fmt: skip
+
+
+def _no_gradient(report: Checkup) -> Iterator[Finding]:
+    norm = report.gradient_norm
+    if not norm.high < limits.NO_GRADIENT:
+        return
+    yield Finding(
+        "gradient-zero", "problem", _weight(norm.value, limits.NO_GRADIENT), (),
+        f"The gradient by all trainable parameters is exactly zero, at a loss of "
+        f"{report.loss.brief()}: no step of descent changes anything.",
+        "Look at the loss first: probabilities that are 0 or 1 to rounding, a clamp beyond its "
+        "ends, a factor of zero, or targets that are all ignored.",
+        norm, limits.NO_GRADIENT, "gradient_norm",
+    )  # fmt: skip
 
 
 def _dead(report: Checkup) -> Iterator[Finding]:
@@ -158,7 +185,10 @@ def _saturated(report: Checkup) -> Iterator[Finding]:
     found = [
         (index, use)
         for index, use in enumerate(report.activations)
-        if use.function in _BOUNDED and use.flat_share > limits.SATURATED and _high(use)
+        if use.function in _BOUNDED
+        and use.flat_share > limits.SATURATED
+        and _high(use)
+        and not returns_shares(use, report.layers)
     ]
     if not found:
         return

@@ -54,6 +54,9 @@ COLLAPSED = 0.5
 #: With fewer samples gates are the same for all by chance; with these it is ``2^-15``.
 FEWEST_SAMPLES = 16
 
+#: The smallest positive float64: what lies below it is exactly zero.
+NO_GRADIENT = math.ulp(0.0)
+
 #: A step beyond ``2 (1 + momentum) / lambda_max`` leaves a quadratic bowl.
 STEP = 1.0
 
