@@ -317,13 +317,11 @@ def _activations(chain: Chain) -> Finding | None:
         growth = growth_of(segment)
         limit = None if math.isnan(growth.value) else _fair(growth, segment)
         if limit is not None:
-            found.append(_out_of_range(growth, limit, segment, chain))
+            found.append(_out_of_range(growth, limit, segment))
     return max(found, key=lambda finding: finding.weight, default=None)
 
 
-def _out_of_range(
-    growth: Estimate, limit: float, segment: Sequence[BlockReading], chain: Chain
-) -> Finding:
+def _out_of_range(growth: Estimate, limit: float, segment: Sequence[BlockReading]) -> Finding:
     lost = limit < 1
     grown = [(growth_of([block]).value, block) for block in segment if block.act_in.value > 0]
     change, worst = (min if lost else max)(grown, key=lambda pair: pair[0])

@@ -118,8 +118,10 @@ def _nonfinite(report: Checkup) -> Iterator[Finding]:
     loss, gradient = report.loss, report.gradient_norm
     evidence = "gradient_norm" if math.isfinite(loss.value) else "loss"
     number = gradient if math.isfinite(loss.value) else loss
+    named: tuple[str, ...] = ()
     if report.nonfinite:
-        where, look = report.nonfinite, "Look at the module that is named"
+        where, look = f"{report.nonfinite}.", "Look at the module that is named"
+        named = tuple(b.name for b in report.blocks if f"'{b.name}'" in report.nonfinite)[:1]
         evidence = "nonfinite"
     elif not math.isfinite(loss.value):
         where, look = f"The loss is {loss.value}.", "Look at the loss and at what goes into it"
@@ -129,7 +131,7 @@ def _nonfinite(report: Checkup) -> Iterator[Finding]:
     else:
         return
     yield Finding(
-        "nonfinite", "problem", math.inf, (), where,
+        "nonfinite", "problem", math.inf, named, where,
         f"{look}: a division by zero, the logarithm or the root of what may be zero, an overflow "
         f"of float16, or NaN in the data. Other numbers of this checkup mean little until it is "
         f"gone.",
