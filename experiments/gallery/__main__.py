@@ -16,6 +16,7 @@ from tqdm import tqdm
 from conditioning.checkup import checkup
 from experiments.gallery.ailments import ailments
 from experiments.gallery.cases import Case, Patient
+from experiments.gallery.handwritten import handwritten_ailments, handwritten_healthy
 from experiments.gallery.healthy import healthy
 from experiments.gallery.judging import Judgement, counted, judge
 from experiments.gallery.later import later_ailments, later_healthy
@@ -27,11 +28,11 @@ NUM_MATVECS = 50
 
 def cases_of(names: Sequence[str] = ()) -> list[Case]:
     """The cases whose name begins with one of these; all without any."""
-    return [
-        case
-        for case in [*ailments(), *later_ailments(), *healthy(), *later_healthy()]
-        if not names or case.name.startswith(tuple(names))
-    ]
+    every = [
+        *ailments(), *later_ailments(), *handwritten_ailments(),
+        *healthy(), *later_healthy(), *handwritten_healthy(),
+    ]  # fmt: skip
+    return [case for case in every if not names or case.name.startswith(tuple(names))]
 
 
 def networks(case: Case) -> Iterator[tuple[str, Patient]]:
