@@ -304,7 +304,7 @@ def _gain(report: Checkup, chain: Chain, gains: _Gains, beyond: float) -> Findin
         f"their root mean square) where {right:.3g} keeps norms. {_changed(chain)}, and the gain "
         f"accounts for {min(gains.total / logs(chain.product).value, 1):.0%} of the logarithm.",
         f"Draw them with gain {right:.3g}: {call}.",
-        Estimate(mean, mean, mean), limit, f"layers[{index}].weight_gain",
+        Estimate.exact(mean), limit, f"layers[{index}].weight_gain",
     )  # fmt: skip
 
 
@@ -352,7 +352,7 @@ def _collapse(report: Checkup, chain: Chain) -> Finding | None:
     share = sum(use.dead_share for _, use in last) / closed
     if not share > limits.COLLAPSED:
         return None
-    number = Estimate(share, share, share)
+    number = Estimate.exact(share)
     return Finding(
         "inputs-collapse", "problem", _weight(number, limits.COLLAPSED), (),
         f"In the last {len(last)} ReLUs of this plain net {min(share, 1):.0%} of the closed gates "

@@ -13,6 +13,7 @@ from conditioning.checkup import limits
 from conditioning.checkup.readings import ActivationReading, BlockReading, LayerReading
 from conditioning.checkup.results import Checkup
 from conditioning.spectrum import Estimate
+from conditioning.spectrum.full import NAN
 
 #: Stands for zero in logarithms: below any positive float64.
 _TINY = 1e-320
@@ -135,7 +136,7 @@ def chain_of(report: Checkup) -> Chain:
         product = quotient(product, covered[-1].ratio)
         covered = covered[:-1]
         if not covered:
-            product = nan()
+            product = NAN
     return Chain(kept, product, covered, evidence, begin, tuple(_segments(kept, report.layers)))
 
 
@@ -144,7 +145,7 @@ def _behind(
 ) -> tuple[Estimate, str, BlockReading | None]:
     """Gradient norm behind the first block over that behind the last, and where it stands."""
     if not covered:
-        return nan(), "", None
+        return NAN, "", None
     after = covered[0]
     evidence = f"blocks[{report.blocks.index(after)}].product"
     if _same(first.grad_out, after.grad_in) or _rescaled(first, after, report.layers):
@@ -278,11 +279,6 @@ def pooled_between(first: BlockReading, after: BlockReading) -> float:
     return max(math.prod(one[1]) / max(math.prod(other[0]), 1), 1.0)
 
 
-def nan() -> Estimate:
-    """No number."""
-    return Estimate(math.nan, math.nan, math.nan)
-
-
 def quotient(over_: Estimate, under: Estimate) -> Estimate:
     """Quotient of two numbers that are not negative, with what their enclosures allow."""
 
@@ -298,7 +294,7 @@ def over(ratios: Iterable[Estimate]) -> Estimate:
     """Product of those that are numbers; NaN of none."""
     known = [logs(ratio) for ratio in ratios if not math.isnan(ratio.value)]
     if not known:
-        return nan()
+        return NAN
     ends = (sum(getattr(r, end) for r in known) for end in ("value", "low", "high"))
     return Estimate(*(math.exp(min(end, 700.0)) for end in ends))
 

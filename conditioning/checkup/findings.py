@@ -100,10 +100,6 @@ def _names(names: Sequence[str], most: int = 4) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _certain(value: float) -> Estimate:
-    return Estimate(value, value, value)
-
-
 def _weight(number: float, limit: float) -> float:
     """Distance of a number from its limit as a logarithm."""
     if number <= 0 or limit <= 0:
@@ -179,7 +175,7 @@ def _dead(report: Checkup) -> Iterator[Finding]:
         "Look at the bias in front of it and at the scale of its input (root mean square "
         f"{first.rms_in:.3g}): draw the layer anew with biases of zero, and lower the learning "
         "rate if it died in training. A LeakyReLU cannot die.",
-        _certain(first.dead_share), limit, f"activations[{index}].dead_share",
+        Estimate.exact(first.dead_share), limit, f"activations[{index}].dead_share",
     )  # fmt: skip
 
 
@@ -205,7 +201,7 @@ def _saturated(report: Checkup) -> Iterator[Finding]:
         f"Bring the input of '{worst.name}' to a root mean square of about 1: scale the data, draw "
         f"the weights in front of it with gain {limits.RIGHT_GAIN.get(worst.function, 1.0):.3g}, "
         f"or normalise.",
-        _certain(worst.flat_share), limits.SATURATED, f"activations[{index}].flat_share",
+        Estimate.exact(worst.flat_share), limits.SATURATED, f"activations[{index}].flat_share",
     )  # fmt: skip
 
 

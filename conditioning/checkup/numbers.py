@@ -92,10 +92,6 @@ def _share(estimate: Estimate, needs: tuple[str, ...], form: str = "") -> Number
     return Number(estimate, needs, _NONE, form, 1.0)
 
 
-def _exact(value: float) -> Estimate:
-    return Estimate(value, value, value)
-
-
 def _network(report: Checkup) -> Iterator[tuple[str, Number]]:
     yield "loss", Number(report.loss, _BACKWARD)
     yield "gradient norm", Number(report.gradient_norm, _BACKWARD)
@@ -132,7 +128,7 @@ def _block(block: Any) -> Iterator[tuple[str, Number]]:
     for name in ("grad_in", "grad_out", "ratio", "product"):
         yield name, Number(getattr(block, name), _BACKWARD, form=block.shapes)
     if block.branch_share is not None:
-        yield "branch share", _share(_exact(block.branch_share), _FORWARD, block.shapes)
+        yield "branch share", _share(Estimate.exact(block.branch_share), _FORWARD, block.shapes)
     if block.jacobian is not None:
         for name, value in (
             ("sigma_max", block.jacobian.largest), ("sigma_min", block.jacobian.smallest)
@@ -142,7 +138,7 @@ def _block(block: Any) -> Iterator[tuple[str, Number]]:
 
 def _layer(layer: Any) -> Iterator[tuple[str, Number]]:
     form = form_of(layer)
-    yield "weight gain", Number(_exact(layer.weight_gain), _WEIGHTS, form=form)
+    yield "weight gain", Number(Estimate.exact(layer.weight_gain), _WEIGHTS, form=form)
     if layer.largest is not None:
         yield "sigma_max", Number(layer.largest, _WEIGHTS, form=form)
     if layer.smallest is not None:
@@ -150,13 +146,13 @@ def _layer(layer: Any) -> Iterator[tuple[str, Number]]:
 
 
 def _activation(use: Any) -> Iterator[tuple[str, Number]]:
-    yield "rms in", Number(_exact(use.rms_in), _FORWARD)
-    yield "flat share", _share(_exact(use.flat_share), _FORWARD)
-    yield "dead share", _share(_exact(use.dead_share), _FORWARD)
+    yield "rms in", Number(Estimate.exact(use.rms_in), _FORWARD)
+    yield "flat share", _share(Estimate.exact(use.flat_share), _FORWARD)
+    yield "dead share", _share(Estimate.exact(use.dead_share), _FORWARD)
 
 
 def _recurrent(layer: Any) -> Iterator[tuple[str, Number]]:
     yield "first tenth", Number(layer.gradient_first, _BACKWARD)
     yield "last tenth", Number(layer.gradient_last, _BACKWARD)
     yield "growth per step", Number(layer.growth_per_step, _BACKWARD)
-    yield "recurrent norm", Number(_exact(layer.recurrent_norm), _WEIGHTS)
+    yield "recurrent norm", Number(Estimate.exact(layer.recurrent_norm), _WEIGHTS)

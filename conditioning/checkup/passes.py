@@ -33,6 +33,7 @@ from conditioning.operators.batches import Batches, call_with, map_tensors, to_d
 from conditioning.operators.guards import BufferGuard, isolated_randomness
 from conditioning.operators.losses import scalar_loss
 from conditioning.spectrum import Estimate
+from conditioning.spectrum.full import NAN
 
 _SHARE = 0.25  # of the time, for passes over further batches
 _TENTH = 10
@@ -43,7 +44,7 @@ def over_batches(values: Iterable[float]) -> Estimate:
     """Mean with the least and the largest; NaN if any is, or there is none."""
     numbers = np.array(list(values), dtype=np.float64)
     if not len(numbers) or np.isnan(numbers).any():
-        return Estimate(math.nan, math.nan, math.nan)
+        return NAN
     with np.errstate(invalid="ignore"):
         return Estimate(float(numbers.mean()), float(numbers.min()), float(numbers.max()))
 
@@ -139,15 +140,12 @@ def run_passes(
     return Passes(
         over_batches(float(b.loss) for b in found),
         over_batches(float(b.gradient_norm) for b in found),
-        over_batches(_product(b.points) for b in found) if readings else _NONE,
-        over_batches(_deviation(b.points) for b in found) if readings else _NONE,
+        over_batches(_product(b.points) for b in found) if readings else NAN,
+        over_batches(_deviation(b.points) for b in found) if readings else NAN,
         _where(nonfinite, len(found)), readings, _activations(watch.uses.values()),
         tuple(_recurrent(watch.times.values())), tuple(watch.layers.values()), len(found),
         int(size), complete, seconds, interrupted, notes, missing,
     )  # fmt: skip
-
-
-_NONE = Estimate(math.nan, math.nan, math.nan)
 
 
 def _one(

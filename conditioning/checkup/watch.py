@@ -44,7 +44,6 @@ def _between(low: float, high: float) -> Callable[[Tensor], Tensor]:
 _SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda x: (x > 0).to(x.dtype),
     "relu6": _between(0.0, 6.0),
-    "hardtanh": _between(-1.0, 1.0),
     "hardsigmoid": _between(-3.0, 3.0),
     "hardswish": lambda x: torch.where(x.abs() < 3, x / 3 + 0.5, (x > 0).to(x.dtype)),
     "mish": _mish_slope,
@@ -53,7 +52,6 @@ _SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": lambda x: 4 * torch.sigmoid(x) * (1 - torch.sigmoid(x)),
     "elu": lambda x: torch.exp(x.clamp(max=0)),
     "selu": lambda x: torch.exp(x.clamp(max=0)),
-    "softplus": torch.sigmoid,
     "gelu": _gelu_slope,
     "silu": _silu_slope,
 }

@@ -401,9 +401,7 @@ def _percentile(
     used = operator.num_matvecs - spent
     guard = run.guard
     threshold = max(options.zero_rtol * largest.value, 4 * guard)
-    low = max(largest.low / lowest.high, 1.0) if lowest.high > 0 else math.inf
-    high = largest.high / lowest.low if lowest.low > threshold else math.inf
-    value = largest.value / lowest.value if lowest.value > 0 and math.isfinite(high) else low
+    value, low, high = over_percentile(largest, lowest, threshold)
     status: Status
     if lowest.high <= threshold:
         status, value = "not resolvable", low
@@ -428,6 +426,16 @@ def _percentile(
         value, low, high, largest, lowest, weights, threshold, options.percentile, status,
         message, used, math.nan, math.nan, guard, options.failure_probability,
     )  # fmt: skip
+
+
+def over_percentile(
+    largest: Estimate, lowest: Estimate, threshold: float
+) -> tuple[float, float, float]:
+    """Value and both ends of ``largest / lowest``; no upper end where ``lowest`` may be zero."""
+    low = max(largest.low / lowest.high, 1.0) if lowest.high > 0 else math.inf
+    high = largest.high / lowest.low if lowest.low > threshold else math.inf
+    value = largest.value / lowest.value if lowest.value > 0 and math.isfinite(high) else low
+    return value, low, high
 
 
 def _width(estimate: Estimate) -> float:

@@ -73,6 +73,11 @@ class Estimate(Result):
     low: float
     high: float
 
+    @classmethod
+    def exact(cls, value: float) -> Estimate:
+        """A number without an error."""
+        return cls(value, value, value)
+
     def __float__(self) -> float:
         return float(self.value)
 

@@ -14,7 +14,13 @@ from conditioning.jacobi import Array
 from conditioning.krylov import LanczosRun, make_generator, random_start
 from conditioning.memory import available_bytes
 from conditioning.operators.base import LinearOperator
-from conditioning.spectrum.certify import Options, certify, is_enclosed, is_exhausted
+from conditioning.spectrum.certify import (
+    Options,
+    certify,
+    is_enclosed,
+    is_exhausted,
+    over_percentile,
+)
 from conditioning.spectrum.common import check_at_least, check_counts, square
 from conditioning.spectrum.density import trace
 from conditioning.spectrum.full import NAN, full_spectrum, zero_operator
@@ -170,19 +176,13 @@ def _from_all(operator: LinearOperator, options: Options, spent: int) -> Spectru
         return Estimate(value, value - error, value + error)
 
     return SpectrumSurvey(
-        found.size, _tidy(end(float(values[-1]))), _tidy(end(float(values[0]))),
+        found.size, end(float(values[-1])), end(float(values[0])),
         found.condition_number(options.zero_rtol),
         found.condition_number(options.zero_rtol, percentile=10.0), found.index(options.zero_rtol),
         Estimate(total, total - slack, total + slack), values,
         np.full(found.size, 1 / found.size), {q: found.quantile(q) for q in _QUANTILES},
         operator.num_matvecs - spent, 0, False, False, f"all {found.size} eigenvalues known",
     )  # fmt: skip
-
-
-def _tidy(estimate: Estimate) -> Estimate:
-    """Without an error where there is none."""
-    value = estimate.value
-    return Estimate(value, value, value) if estimate.low == estimate.high else estimate
 
 
 class _Walk:
@@ -346,9 +346,7 @@ class _Walk:
             return zero_operator(size, 10.0, self._used, 0.0, deep.guard, "exhausted")
         lowest = measure.quantile(0.1, options.failure_probability / 2, absolute=True)
         threshold = max(options.zero_rtol * largest.value, 4 * deep.guard)
-        low = max(largest.low / lowest.high, 1.0) if lowest.high > 0 else math.inf
-        high = largest.high / lowest.low if lowest.low > threshold else math.inf
-        value = largest.value / lowest.value if lowest.value > 0 and math.isfinite(high) else low
+        value, low, high = over_percentile(largest, lowest, threshold)
         status: Status = "certified"
         message = f"{len(self._probes)} random vectors"
         if lowest.high <= threshold:
