@@ -8,7 +8,7 @@ from conditioning.krylov.methods import (
     lanczos,
     power_iteration,
 )
-from conditioning.krylov.run import LanczosRun, make_generator, random_start
+from conditioning.krylov.run import LanczosRun, make_generator, random_start, start_for
 
 __all__ = [
     "BlockLanczos",
@@ -20,4 +20,5 @@ __all__ = [
     "make_generator",
     "power_iteration",
     "random_start",
+    "start_for",
 ]

@@ -47,6 +47,11 @@ def random_start(size: int, seed: int | torch.Generator, device: torch.device | 
     return vector.to(device)
 
 
+def start_for(operator: LinearOperator, seed: int | torch.Generator) -> Tensor:
+    """``random_start`` for an operator: its size and device, this process's entries."""
+    return operator.local_part(random_start(operator.shape[1], seed, operator.device))
+
+
 class LanczosRun:
     """A Lanczos run that can be extended, inspected, saved and continued.
 
@@ -93,11 +98,14 @@ class LanczosRun:
         if operator.shape != (size, size):
             msg = f"Lanczos needs a square symmetric operator, got shape {operator.shape}."
             raise ShapeError(msg)
-        if tuple(start.shape) != (size,):
-            msg = f"The start vector must have shape ({size},), got {tuple(start.shape)}."
+        if tuple(start.shape) != (operator.local_size,):
+            msg = (
+                f"The start vector must have shape ({operator.local_size},), got "
+                f"{tuple(start.shape)}."
+            )
             raise ShapeError(msg)
         self.operator = operator
-        self.start_norm = float(torch.linalg.vector_norm(start.to(torch.float64)))
+        self.start_norm = float(self._norm(start.to(torch.float64)))
         self.num_steps = 0
         self.closed = False
         self.noise = 0.0
@@ -119,7 +127,7 @@ class LanczosRun:
             msg = "The start vector of a Krylov method must be finite and not zero."
             raise InvalidArgumentError(msg)
         self._next = self._orthogonalise(vector / self.start_norm)[0]
-        remaining = float(torch.linalg.vector_norm(self._next))
+        remaining = float(self._norm(self._next))
         if remaining < 1e-8:
             msg = "The start vector lies in the space that is projected out: draw another."
             raise InvalidArgumentError(msg)
@@ -137,7 +145,7 @@ class LanczosRun:
         index, row = divmod(self.num_steps, _CHUNK)
         if index == len(self._chunks):
             size = min(_CHUNK, self.max_steps - index * _CHUNK)
-            shape = (max(size, 1), self.operator.shape[0])
+            shape = (max(size, 1), self.operator.local_size)
             self._chunks.append(torch.empty(shape, dtype=self._dtype, device=self._device))
         self._chunks[index][row] = vector
         self.num_steps += 1
@@ -147,14 +155,24 @@ class LanczosRun:
         rows = self._rows()
         total = [torch.zeros(len(r), dtype=self._dtype, device=self._device) for r in rows]
         for _ in range(2):
-            coefficients = [r @ vector for r in rows]
-            outside = None if self._deflate is None else self._deflate @ vector
+            coefficients = [self._inner(r, vector) for r in rows]
+            outside = None if self._deflate is None else self._inner(self._deflate, vector)
             for row, coefficient in zip(rows, coefficients, strict=True):
                 vector = torch.addmv(vector, row.T, coefficient, alpha=-1)
             if self._deflate is not None and outside is not None:
                 vector = torch.addmv(vector, self._deflate.T, outside, alpha=-1)
             total = [t + c for t, c in zip(total, coefficients, strict=True)]
         return vector, total
+
+    def _inner(self, rows: Tensor, vector: Tensor) -> Tensor:
+        """Inner products of stored rows with a vector."""
+        return self.operator.sum_over_shards(rows @ vector)
+
+    def _norm(self, vector: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(vector)
+        if self.operator.local_size == self.operator.shape[1]:
+            return norm
+        return self.operator.sum_over_shards(norm.square()).sqrt()
 
     def _product(self, vector: Tensor) -> Tensor:
         return self.operator.matvec(vector).to(self._dtype)
@@ -197,12 +215,12 @@ class LanczosRun:
             product = self._product(vector)
             if self._measure_noise and self.num_steps == 0:
                 again = self._product(0.7 * vector) / 0.7
-                noise = torch.linalg.vector_norm(again - product)
+                noise = self._norm(again - product)
             self._append(vector)
             rest, coefficients = self._orthogonalise(product)
             flat = torch.cat(coefficients)
             leak = torch.linalg.vector_norm(flat[:-2])
-            beta = torch.linalg.vector_norm(rest)
+            beta = self._norm(rest)
             scalars.append(torch.stack([flat[-1], beta, leak]).to(torch.float64))
             self._next = rest / beta.clamp_min(tiny)
             nexts.append(self._next)
@@ -334,7 +352,7 @@ class LanczosRun:
     def basis(self) -> Tensor:
         """Orthonormal basis, shape ``(n, k)``."""
         if not self.num_steps:
-            return torch.empty(self.operator.shape[0], 0, dtype=self._dtype, device=self._device)
+            return torch.empty(self.operator.local_size, 0, dtype=self._dtype, device=self._device)
         return torch.cat(self._rows()).T
 
     @property
@@ -398,7 +416,7 @@ class LanczosRun:
         self._next = state["next"].to(self._dtype)
         if self.num_steps:
             last = self._rows()[-1][-1]
-            rayleigh = float(last @ self._product(last))
+            rayleigh = float(self._inner(last[None], self._product(last)))
             if abs(rayleigh - self._alpha[-1]) > 100 * self.guard:
                 msg = (
                     f"The checkpoint {path} was made with other parameters or data: q^T A q is "

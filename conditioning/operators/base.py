@@ -56,6 +56,21 @@ class LinearOperator:
         self.symmetric = symmetric
         self.num_matvecs = 0
 
+    # What a subclass whose vectors are spread over ranks overrides.
+
+    @property
+    def local_size(self) -> int:
+        """Entries that this process holds of a vector of the domain: all ``n``, unless sharded."""
+        return self.shape[1]
+
+    def local_part(self, vector: Tensor) -> Tensor:
+        """Of a whole vector of the domain, the entries that this process holds."""
+        return vector
+
+    def sum_over_shards(self, partial: Tensor) -> Tensor:
+        """Add up what the processes found on their entries: inner products, squared norms."""
+        return partial
+
     def _matmat(self, vectors: Tensor) -> Tensor:
         raise NotImplementedError
 

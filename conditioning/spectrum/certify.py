@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from conditioning.krylov import LanczosRun, random_start
+from conditioning.krylov import LanczosRun, start_for
 from conditioning.memory import available_bytes, format_bytes
 from conditioning.operators.base import LinearOperator, dense_bytes
 from conditioning.spectrum.common import (
@@ -394,9 +394,8 @@ def _percentile(
             break
         probes = current
         depth = run.num_steps
-        start = random_start(size, generator, operator.device)
         noise = run.noise
-        run = LanczosRun(operator, start, max_steps=last)
+        run = LanczosRun(operator, start_for(operator, generator), max_steps=last)
         run.noise = noise
     used = operator.num_matvecs - spent
     guard = run.guard

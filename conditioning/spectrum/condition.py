@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from conditioning.errors import InvalidArgumentError
-from conditioning.krylov import LanczosRun, make_generator, random_start
+from conditioning.krylov import LanczosRun, make_generator, start_for
 from conditioning.operators.base import LinearOperator
 from conditioning.spectrum.certify import Options, certify, is_exhausted
 from conditioning.spectrum.common import square
@@ -113,7 +113,7 @@ def condition_number(
         return _dense(taken, options, spent)
     run = LanczosRun(
         taken,
-        random_start(taken.shape[0], generator, taken.device),
+        start_for(taken, generator),
         measure_noise=True,
         max_steps=options.max_steps(taken),
     )

@@ -12,7 +12,7 @@ from scipy.stats import t as student_t
 
 from conditioning.errors import NonFiniteError
 from conditioning.jacobi import Array
-from conditioning.krylov import LanczosRun, make_generator, random_start
+from conditioning.krylov import LanczosRun, make_generator, start_for
 from conditioning.operators.base import LinearOperator
 from conditioning.spectrum.common import (
     METHODS,
@@ -174,8 +174,7 @@ def _probes(
     probes: list[Probe] = []
     noise = 0.0
     for i in range(num_probes):
-        start = random_start(operator.shape[0], generator, operator.device)
-        run = LanczosRun(operator, start, measure_noise=i == 0)
+        run = LanczosRun(operator, start_for(operator, generator), measure_noise=i == 0)
         run.noise = noise
         run.extend(num_steps)
         noise = run.noise

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conditioning.errors import InvalidArgumentError
 from conditioning.jacobi import Array
-from conditioning.krylov import LanczosRun, make_generator, power_iteration, random_start
+from conditioning.krylov import LanczosRun, make_generator, power_iteration, start_for
 from conditioning.memory import available_bytes
 from conditioning.operators.base import FunctionOperator, LinearOperator
 from conditioning.spectrum.common import (
@@ -246,7 +246,6 @@ class _Search:
 
     def run(self, locked: _Locked, generator: torch.Generator) -> tuple[str, str, float]:
         """Fill ``locked``; return status, message and the largest key that may be missing."""
-        size = self.operator.shape[0]
         key = _KEYS[self.which]
         rounds = 0
         while True:
@@ -254,7 +253,7 @@ class _Search:
             if self.left < 2:
                 return *self._unfinished(full), np.inf
             found = LanczosRun(
-                self.operator, random_start(size, generator, self.operator.device),
+                self.operator, start_for(self.operator, generator),
                 deflate=locked.vectors, measure_noise=rounds == 0, max_steps=self.max_basis,
             )  # fmt: skip
             rounds += 1
@@ -387,7 +386,7 @@ def _power(
         return max_matvecs - min(k, max_matvecs // 2) - used  # one each for the residuals
 
     if which != "LM":
-        start = random_start(size, generator, operator.device)
+        start = start_for(operator, generator)
         top = power_iteration(projected, start, max(min(left() // 4, 50), 1), 1e-2)
         # Any bound of the spectrum will do; a Ritz value plus residual is at hand.
         bound = 1.1 * abs(top.value) + top.residual_norm
@@ -396,7 +395,7 @@ def _power(
     for _ in range(k):
         if left() < 1:
             break
-        start = random_start(size, generator, operator.device)
+        start = start_for(operator, generator)
         start = start - locked.vectors @ (locked.vectors.T @ start)
         found = power_iteration(projected, start, left(), rtol)
         converged &= found.converged

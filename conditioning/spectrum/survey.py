@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from conditioning.jacobi import Array
-from conditioning.krylov import LanczosRun, make_generator, random_start
+from conditioning.krylov import LanczosRun, make_generator, start_for
 from conditioning.memory import available_bytes
 from conditioning.operators.base import LinearOperator
 from conditioning.spectrum.certify import (
@@ -216,7 +216,7 @@ class _Walk:
         size = self._operator.shape[0]
         # The deep basis stays while a second one grows.
         room = max(available_bytes(self._operator.device) // 4 // (8 * size), _FEWEST_STEPS)
-        start = random_start(size, self._generator, self._operator.device)
+        start = start_for(self._operator, self._generator)
         return LanczosRun(
             self._operator, start, measure_noise=measure_noise, max_steps=min(room, size)
         )
