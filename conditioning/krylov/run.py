@@ -169,7 +169,7 @@ class LanczosRun:
         return self.operator.sum_over_shards(rows @ vector)
 
     def _norm(self, vector: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(vector)
+        norm: Tensor = torch.linalg.vector_norm(vector)
         if self.operator.local_size == self.operator.shape[1]:
             return norm
         return self.operator.sum_over_shards(norm.square()).sqrt()
