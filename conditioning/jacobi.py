@@ -25,7 +25,6 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh_tridiagonal
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -75,6 +74,8 @@ class JacobiMatrix:
 
     @cached_property
     def _eigh(self) -> tuple[Array, Array]:
+        from scipy.linalg import eigh_tridiagonal  # slow to import
+
         values, vectors = eigh_tridiagonal(self.diagonal, self.off_diagonal)
         return np.asarray(values), np.asarray(vectors)
 

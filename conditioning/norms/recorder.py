@@ -52,7 +52,10 @@ class Slot:
 
 
 def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Its bookkeeping cannot be traced: under ``torch.compile`` the graph is cut there."""
+    """Its bookkeeping cannot be traced: under ``torch.compile`` the graph is cut there.
+
+    Called where a hook is made, not as a decorator, because it imports the compiler.
+    """
     reason = (
         "GradientNorms cuts the compiled graph at the borders of blocks, so fullgraph=True is not "
         "possible while it is attached"
@@ -68,9 +71,8 @@ class _Hook:
     """A hook that does not travel: copies and pickles of the module get one that does nothing."""
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
+        self._function = _uncompiled(function)
 
-    @_uncompiled
     def __call__(self, *args: Any) -> None:
         self._function(*args)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 from torch import Tensor
 
 from conditioning.errors import (
@@ -17,6 +16,9 @@ from conditioning.errors import (
     ShapeError,
 )
 from conditioning.memory import available_bytes, format_bytes
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 
 
 class LinearOperator:
@@ -159,6 +161,8 @@ class LinearOperator:
 
     def to_scipy(self) -> ScipyLinearOperator:
         """The same map for ``scipy.sparse.linalg``: NumPy arrays in, NumPy arrays out."""
+        from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator  # slow to import
+
         numpy_dtype = np.float32 if self.dtype.itemsize <= 4 else np.float64
 
         def wrap(product: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.stats import t as student_t
 
 from conditioning.errors import NonFiniteError
 from conditioning.jacobi import Array
@@ -270,6 +269,8 @@ def trace(
         eps = torch.finfo(taken.dtype).eps
         error = eps * math.sqrt(size) * float(diagonal.abs().sum())
         return Estimate(value, value - error, value + error)
+    from scipy.special import stdtrit  # slow to import, scipy.stats slower still
+
     generator = make_generator(seed)
     samples = []
     for begin in range(0, num_probes, 16):
@@ -282,7 +283,7 @@ def trace(
     value = float(values.mean())
     _check_finite(value)
     error = float(values.std(ddof=1) / math.sqrt(num_probes))
-    error *= float(student_t.ppf((1 + confidence) / 2, num_probes - 1))
+    error *= float(stdtrit(num_probes - 1, (1 + confidence) / 2))
     # A diagonal operator has no spread: what is left is rounding.
     error += torch.finfo(taken.dtype).eps * math.sqrt(size) * float(np.abs(values).mean())
     return Estimate(value, value - error, value + error)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import beta as beta_distribution
 
 from conditioning.jacobi import Array, JacobiMatrix
 from conditioning.spectrum.results import Estimate
@@ -28,6 +27,13 @@ class Probe:
     guard: float
 
 
+def _beta_quantile(share: float, a: float, b: float, *, upper: bool = False) -> float:
+    """Quantile of a beta distribution, counted from above with ``upper``."""
+    from scipy.special import betainccinv, betaincinv  # slow to import, scipy.stats slower still
+
+    return float((betainccinv if upper else betaincinv)(a, b, share))
+
+
 def inverse_weight(size: int, failure_probability: float) -> float:
     """One over the share that a fixed eigenvector has in a random vector.
 
@@ -36,7 +42,7 @@ def inverse_weight(size: int, failure_probability: float) -> float:
     if size == 1:
         return 1.0
     floor = np.pi * failure_probability**2 / (2 * size)  # never above the quantile
-    quantile = float(beta_distribution.ppf(failure_probability, 0.5, (size - 1) / 2))
+    quantile = _beta_quantile(failure_probability, 0.5, (size - 1) / 2)
     return float(1 / max(quantile, floor))
 
 
@@ -92,7 +98,7 @@ class SpectralMeasure:
                 rejected = share_high < 1 - 1e-12
             else:
                 law = self._law(middle)
-                rejected = share_high < beta_distribution.ppf(failure_probability, *law)
+                rejected = share_high < _beta_quantile(failure_probability, *law)
             low, high = (low, middle - 1) if rejected else (middle, high)
         return low
 
@@ -136,10 +142,11 @@ class SpectralMeasure:
         position = q * (self.size - 1)
         below = int(np.floor(position + 1e-9))
         above = min(below if position - below < 1e-9 else below + 1, self.size - 1)
-        law = beta_distribution
         allowed = failure_probability / 2
-        most = law.ppf(allowed, *self._law(below + 1)) if below + 1 < self.size else 1 - 1e-12
-        least = law.isf(allowed, *self._law(above)) if above else 0.0
+        most = (
+            _beta_quantile(allowed, *self._law(below + 1)) if below + 1 < self.size else 1 - 1e-12
+        )
+        least = _beta_quantile(allowed, *self._law(above), upper=True) if above else 0.0
         low = high = math.inf
         radius = max(p.jacobi.scale + p.guard for p in self.probes) * 1.1
         if radius == 0:

@@ -16,7 +16,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -212,15 +211,17 @@ def matrix_root_deviation(target: Tensor, num_blocks: int) -> float:
             f"of positive determinant without eigenvalues on the negative axis."
         )
         raise InvalidArgumentError(msg)
-    logarithm = np.asarray(scipy.linalg.logm(matrix)).real
-    error = np.linalg.norm(scipy.linalg.expm(logarithm) - matrix)
+    from scipy.linalg import expm, logm  # slow to import
+
+    logarithm = np.asarray(logm(matrix)).real
+    error = np.linalg.norm(expm(logarithm) - matrix)
     if not error <= 1e-8 * np.linalg.norm(matrix):
         msg = (
             f"The logarithm of target is inaccurate (relative error "
             f"{error / np.linalg.norm(matrix):.1e}): target is too close to one without."
         )
         raise InvalidArgumentError(msg)
-    root = scipy.linalg.expm(logarithm / count)
+    root = expm(logarithm / count)
     return float(np.linalg.norm(root - np.eye(len(matrix)), 2))
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -138,7 +137,9 @@ def warm_up_limit(share: float, num_patches: int) -> float:
         return math.pi / 2
     if alignment(math.pi) >= 0:
         return math.pi
-    return float(scipy.optimize.brentq(alignment, math.pi / 2, math.pi, xtol=1e-15))
+    from scipy.optimize import brentq  # slow to import
+
+    return float(brentq(alignment, math.pi / 2, math.pi, xtol=1e-15))
 
 
 def absorbed_by_optimum(

@@ -15,7 +15,6 @@ import functools
 import math
 
 import numpy as np
-from scipy.special import ndtr
 
 from conditioning.errors import InvalidArgumentError
 from conditioning.theory._checks import finite_float, positive_int
@@ -206,6 +205,8 @@ def _growth_of_law(step: float, count: int) -> float:
     normal = 1 / math.sqrt(2 * math.pi)
     # relu of a normal variable, with second moment 1.
     atom, density = 0.5, np.exp(-(x**2) / 4) * normal / math.sqrt(2)
+    from scipy.special import ndtr  # slow to import
+
     z = x / step
     right, peak = ndtr(z), np.exp(-(z**2) / 2) * normal
     gain = (x**2 + step**2) * right + x * step * peak  # E relu(x + step g)^2
