@@ -63,6 +63,14 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return found
 
 
+def same_tensors(one: Any, other: Any) -> bool:
+    """Whether two batches hold equal tensors in the same order."""
+    if one is other:
+        return True
+    left, right = tensors_in(one), tensors_in(other)
+    return len(left) == len(right) > 0 and all(map(torch.equal, left, right))
+
+
 def to_device(tree: Any, device: torch.device) -> Any:
     """Move the tensors of a batch; dtypes stay, and what is there already is not copied."""
 

@@ -45,6 +45,8 @@ _DTYPE_FAULT = re.compile(r"dtype|scalar type|Input type|same type|datatype")
 _DEVICE_FAULT = re.compile(r"same device|Expected all tensors to be on|different device")
 # Below this precision exact zeros are common and small steps are large: kinks mean nothing.
 _FINE_EPS = 1e-4
+# Entries of a vector that are taken to double precision together.
+_PIECE = 2**20
 _OFF_THE_KINK = (
     "Autograd's second derivative is a convention there, not the limit of the Hessians around. "
     "Evaluate at a small random perturbation of the parameters, or use a smooth activation."
@@ -93,20 +95,33 @@ def _listed(dtypes: set[torch.dtype]) -> str:
 
 @dataclass
 class Evaluation:
-    """Loss, gradient and products of one pass over the data, and how large their parts are."""
+    """Loss and gradient of one pass over the data, and how large their parts are."""
 
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     gradient: Tensor = field(default_factory=lambda: torch.zeros(()))
-    products: Tensor = field(default_factory=lambda: torch.zeros(()))
     loss_scale: float = 0.0
     gradient_scale: float = 0.0
-    product_scale: float = 0.0
+    batches: int = 0
     drew: bool = False
     custom: list[str] = field(default_factory=list)
 
 
+@dataclass
+class FirstBatch:
+    """The first batch, which stands for all where products are compared."""
+
+    batch: Any = None
+    loss: float = 0.0
+    gradient: float = 0.0
+    product: Tensor | None = None
+
+
 def check_loss_operator(operator: LossOperator, stacklevel: int) -> None:
-    """Evaluate a loss twice, multiply three vectors, and compare what has to agree.
+    """Evaluate a loss twice, multiply two vectors, and compare what has to agree.
+
+    The graphs of the second evaluation are those that the operator keeps. The two products
+    are with graphs of the two evaluations, so that one comparison, ``<u, A v> = <v, A u>``,
+    shows a product that depends on chance as well as one that is no second derivative.
 
     Raises
     ------
@@ -114,13 +129,9 @@ def check_loss_operator(operator: LossOperator, stacklevel: int) -> None:
         What was found, as one of its subclasses.
     """
     layout = operator._layout
-    generator = torch.Generator(device=layout.device).manual_seed(0)
-    probes = torch.randn(
-        2, layout.numel, dtype=layout.dtype, device=layout.device, generator=generator
-    )
     recorder = KinkRecorder()
     used = [False] * len(layout.names)
-    first_batches: list[Any] = []
+    head = FirstBatch()
     generators = operator._batches.generators()
     with torch.inference_mode(mode=False), isolated_randomness(generators) as state:
 
@@ -130,7 +141,7 @@ def check_loss_operator(operator: LossOperator, stacklevel: int) -> None:
                 buffers = BufferGuard(operator._modules, compare=True)
                 before = RandomState.capture()
                 if index == 0:
-                    first_batches.append(batch)
+                    head.batch = batch
                     graph = operator._measure(batch, watch=recorder, buffers=buffers)
                 else:
                     graph = operator._build(batch, buffers=buffers)
@@ -141,12 +152,10 @@ def check_loss_operator(operator: LossOperator, stacklevel: int) -> None:
 
         def second_graphs() -> Iterator[tuple[LossGraph, float, bool]]:
             for graph, size in operator._stream():
-                if operator._batches.single:
-                    operator._keep_graphs([(graph, size)])
                 yield graph, size, False
                 del graph
 
-        first = _evaluate(operator, first_graphs(), probes, used)
+        first = _evaluate(operator, first_graphs(), used, head)
         if not any(used):
             msg = (
                 f"None of the selected parameters influences the loss: "
@@ -155,13 +164,13 @@ def check_loss_operator(operator: LossOperator, stacklevel: int) -> None:
             )
             raise LossWithoutGraphError(msg)
         state.reseed()
-        second = _evaluate(operator, second_graphs(), probes[:1], used)
-        _check_repetition(operator, first, second, probes[0])
+        second = _evaluate(operator, second_graphs(), used, None)
+        _check_repetition(operator, first, second, head)
         fine = operator._eps < _FINE_EPS
-        kinks = _find_kinks(operator, first_batches[0], recorder) if fine else ""
-        _check_symmetry(operator, first, probes, kinks)
+        kinks = _find_kinks(operator, head.batch, recorder) if fine else ""
+        _check_products(operator, head, drew=first.drew, kinks=kinks)
         if first.custom and fine and not recorder.calls:
-            _check_differences(operator, first_batches[0], probes[0], first)
+            _check_differences(operator, head, first.custom)
         if kinks:
             warnings.warn(f"{kinks} {_OFF_THE_KINK}", NonsmoothPointWarning, stacklevel=stacklevel)
     operator._value = (operator._marks(), first.loss, first.gradient.to(layout.dtype))
@@ -174,11 +183,24 @@ def check_loss_operator(operator: LossOperator, stacklevel: int) -> None:
         warnings.warn(msg, UnusedParameterWarning, stacklevel=stacklevel)
 
 
+def _probe(operator: LossOperator, seed: int) -> Tensor:
+    """Return a random vector, made anew where it is needed: one takes as much as the parameters."""
+    layout = operator._layout
+    generator = torch.Generator(device=layout.device).manual_seed(seed)
+    return torch.randn(layout.numel, dtype=layout.dtype, device=layout.device, generator=generator)
+
+
+def _product(operator: LossOperator, graph: LossGraph, vector: Tensor) -> Tensor:
+    product = operator._layout.join(graph.apply(operator._layout.split(vector), batched=False))
+    _refuse_nonfinite("product with a vector", product, operator)
+    return product
+
+
 def _evaluate(
     operator: LossOperator,
     graphs: Iterator[tuple[LossGraph, float, bool]],
-    probes: Tensor,
     used: list[bool],
+    head: FirstBatch | None,
 ) -> Evaluation:
     """Go once over the data; numbers that are not finite end it."""
     result = Evaluation()
@@ -205,21 +227,20 @@ def _evaluate(
         gradient = layout.join(graph.gradient)
         _refuse_nonfinite("gradient", gradient, operator)
         result.custom = result.custom or graph.custom
-        rows = [layout.join(graph.apply(layout.split(p), batched=False)) for p in probes]
-        for row in rows:
-            _refuse_nonfinite("product with a vector", row, operator)
+        result.batches += 1
         # Sizes of the batches' own terms: their sum may cancel, their rounding does not.
-        result.loss_scale += size * abs(float(graph.loss))
-        result.gradient_scale += size * norm(gradient)
-        result.product_scale += size * max(norm(row) for row in rows)
-        return [graph.loss, gradient, torch.stack(rows)]
+        loss, length = abs(float(graph.loss)), norm(gradient)
+        result.loss_scale += size * loss
+        result.gradient_scale += size * length
+        if head is not None and head.product is None:
+            head.loss, head.gradient = loss, length
+            head.product = _product(operator, graph, _probe(operator, 0))
+        return [graph.loss, gradient]
 
-    averaged = operator._average(noted(), quantity)
-    result.loss, result.gradient, result.products = averaged
+    result.loss, result.gradient = operator._average(noted(), quantity)
     share = 1 / total if operator._needs_sizes else 1.0
     result.loss_scale *= share
     result.gradient_scale *= share
-    result.product_scale *= share
     return result
 
 
@@ -231,7 +252,15 @@ def exact(vector: Tensor) -> Tensor:
 
 def norm(vector: Tensor) -> float:
     """Euclidean norm, taken in double precision."""
-    return float(torch.linalg.vector_norm(exact(vector)))
+    vector = vector.detach()
+    vector = vector.cpu() if vector.device.type == "mps" else vector
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    """Inner product in double precision, piece by piece: no copy of a whole vector."""
+    pieces = zip(left.split(_PIECE), right.split(_PIECE), strict=True)
+    return sum(float(torch.dot(exact(one), exact(other))) for one, other in pieces)
 
 
 def _refuse_nonfinite(what: str, flat: Tensor, operator: LossOperator) -> None:
@@ -246,26 +275,35 @@ def _refuse_nonfinite(what: str, flat: Tensor, operator: LossOperator) -> None:
     raise NonFiniteError(msg)
 
 
-def _scales(operator: LossOperator, result: Evaluation) -> tuple[float, float]:
+def _scales(
+    operator: LossOperator, loss: float, gradient: float, product: float
+) -> tuple[float, float]:
     """Size of the parameters, and what terms of the loss may have cancelled in a result.
 
     The second is in units of the loss. It tells rounding from disagreement where the
     numbers themselves nearly vanish, as at a minimum.
     """
     size = max(1.0, sum(norm(p) ** 2 for p in operator._parameters) ** 0.5)
-    length = operator._layout.numel**0.5
-    curvature = result.product_scale * size**2 / length
-    return size, max(result.loss_scale, result.gradient_scale * size, curvature)
+    curvature = product * size**2 / operator._layout.numel**0.5
+    return size, max(loss, gradient * size, curvature)
+
+
+def _relative(operator: LossOperator, *, drew: bool) -> float:
+    loose = 10 * operator._eps**0.5
+    # Where numbers were drawn, a difference is no rounding by another order of the sums.
+    return min(loose, 1e3 * operator._eps) if drew else loose
 
 
 def _check_repetition(
-    operator: LossOperator, first: Evaluation, second: Evaluation, probe: Tensor
+    operator: LossOperator, first: Evaluation, second: Evaluation, head: FirstBatch
 ) -> None:
-    size, energy = _scales(operator, first)
+    assert head.product is not None
+    weight = 1 if operator._needs_sizes else first.batches
+    size, energy = _scales(
+        operator, first.loss_scale, first.gradient_scale, weight * norm(head.product)
+    )
     floor = 1e3 * operator._eps * energy
-    relative = 10 * operator._eps**0.5
-    if first.drew:  # so a difference is no rounding by another order of the sums
-        relative = min(relative, 1e3 * operator._eps)
+    relative = _relative(operator, drew=first.drew)
     names = random_modules(operator._owners)
     gaps = {
         "loss": (norm(first.loss - second.loss), relative * first.loss_scale + floor),
@@ -273,26 +311,34 @@ def _check_repetition(
             norm(first.gradient - second.gradient),
             relative * first.gradient_scale + floor / size,
         ),
-        "product with a vector": (
-            norm(first.products[0] - second.products[0]),
-            relative * first.product_scale + floor * norm(probe) / size**2,
-        ),
     }
     wrong = [what for what, (gap, bound) in gaps.items() if not gap <= bound]
     if wrong or (first.drew and names):
         raise RandomForwardError(random_message(names, wrong, drew=first.drew))
 
 
-def _check_symmetry(operator: LossOperator, result: Evaluation, probes: Tensor, kinks: str) -> None:
-    size, energy = _scales(operator, result)
-    left, right = (
-        float(torch.dot(exact(result.products[i]), exact(probes[1 - i]))) for i in (0, 1)
-    )
+def _check_products(operator: LossOperator, head: FirstBatch, *, drew: bool, kinks: str) -> None:
+    assert head.product is not None
+    # A loader may shuffle, so the first of several batches is built once more.
+    kept = operator._kept
+    single = kept is not None and len(kept) == 1
+    graph = kept[0][0] if kept is not None and single else operator._build(head.batch)
+    probe = _probe(operator, 1)
+    other = _product(operator, graph, probe)
+    left, scale = _dot(head.product, probe), norm(head.product) + norm(other)
+    probe = _probe(operator, 0)
+    right = _dot(other, probe)
+    size, energy = _scales(operator, head.loss, head.gradient, norm(head.product))
+    floor = 1e3 * operator._eps * energy * norm(probe) / size**2
     # A product's rounding points anywhere, so against a random vector it counts by its norm.
-    scale = norm(result.products[0]) + norm(result.products[1])
-    floor = 1e3 * operator._eps * energy * norm(probes[0]) / size**2
     bound = 10 * operator._eps**0.5 * scale + floor
-    if abs(left - right) > bound:
+    asymmetric = abs(left - right) > bound
+    if asymmetric or drew:
+        gap = norm(_product(operator, graph, probe) - head.product)
+        if gap > _relative(operator, drew=drew) * norm(head.product) + floor:
+            names = random_modules(operator._owners)
+            raise RandomForwardError(random_message(names, ["product with a vector"], drew=drew))
+    if asymmetric:
         why = (
             f"{kinks} {_OFF_THE_KINK}"
             if kinks
@@ -307,34 +353,31 @@ def _check_symmetry(operator: LossOperator, result: Evaluation, probes: Tensor, 
         raise AsymmetricOperatorError(msg)
 
 
-def _check_differences(
-    operator: LossOperator, batch: Any, probe: Tensor, result: Evaluation
-) -> None:
+def _check_differences(operator: LossOperator, head: FirstBatch, custom: list[str]) -> None:
     """Compare a product with differences of the gradient, where the user wrote derivatives.
 
     A custom function whose backward detaches loses a term that is symmetric by itself,
     so the test of symmetry is blind to it. Piecewise functions would disturb this test.
     """
+    assert head.product is not None
     parameters, layout = operator._parameters, operator._layout
-    direction = probe / norm(probe)
-    product = exact(
-        layout.join(operator._build(batch).apply(layout.split(direction), batched=False))
-    )
-    size, energy = _scales(operator, result)
+    probe = _probe(operator, 0)
+    direction, product = probe / norm(probe), exact(head.product) / norm(probe)
+    size, energy = _scales(operator, head.loss, head.gradient, norm(head.product))
     gaps = []
     for relative in (operator._eps ** (1 / 3), operator._eps**0.4):
         length = relative * size
         sides = []
         for sign in (length, -length):
             with moved(parameters, layout.split(sign * direction)):
-                sides.append(exact(layout.join(operator._build(batch).gradient)))
+                sides.append(exact(layout.join(operator._build(head.batch).gradient)))
         difference = (sides[0] - sides[1]) / (2 * length)
         noise = 1e2 * operator._eps * energy / (size * length)
         gaps.append(norm(difference - product) - 0.1 * norm(difference) - noise)
     if min(gaps) > 0:
         msg = (
             f"The product with a vector is not the change of the gradient along it, and the model "
-            f"or loss has custom functions: {join_names(result.custom)}. One of their backwards "
+            f"or loss has custom functions: {join_names(custom)}. One of their backwards "
             f"detaches or works on .data, so it has no second derivative. Write it with "
             f"differentiable operations on ctx.saved_tensors."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from conditioning.operators.batches import (
     Batches,
     call_with,
     map_tensors,
+    same_tensors,
     tensors_in,
     to_device,
 )
@@ -44,6 +45,14 @@ from conditioning.operators.parameters import (
 _REDUCTIONS = ("mean", "sum")
 # Frames between a user's call and the place in this package that warns.
 _STACKLEVEL = 3
+
+
+class _Held(NamedTuple):
+    """A graph that is kept while others are built again and again."""
+
+    batch: Any
+    graph: LossGraph
+    size: float
 
 
 class LossOperator(LinearOperator):
@@ -106,8 +115,11 @@ class LossOperator(LinearOperator):
         self._reduction = reduction
         self._memory_budget = memory_budget
         self._engine = BlockEngine()
+        # The graphs of all batches; or of some, by their place, where not all of them fit.
         self._kept: list[tuple[LossGraph, float]] | None = None
-        self._keep = True
+        self._some: dict[int, _Held] = {}
+        self._room = 0.0
+        self._keep = self._keep_some = True
         self._bytes_per_size: float | None = None
         self._eps = self._layout.eps
         self._made_at: tuple[Any, ...] = ()
@@ -194,8 +206,9 @@ class LossOperator(LinearOperator):
         it after a change of the data or of anything else that the loss depends on.
         """
         self._kept = None
+        self._some.clear()
         self._value = None
-        self._keep = True
+        self._keep = self._keep_some = True
 
     # Graphs: built under guards, kept if they fit.
 
@@ -251,37 +264,18 @@ class LossOperator(LinearOperator):
         self._engine.limit(counter.total, self.shape[0] * self.dtype.itemsize, self._budget())
         return graph
 
-    def _keep_graphs(self, kept: list[tuple[LossGraph, float]]) -> None:
-        self._kept = kept
-        self._made_at = self._marks()
-
     def _marks(self) -> tuple[Any, ...]:
         return fingerprint(self._parameters, self._modules)
 
     def _fresh_graphs(self) -> list[tuple[LossGraph, float]] | None:
-        """Return the graphs of all batches where they are kept, rebuilt if they are stale."""
-        if self._kept is not None:
-            if self._made_at == self._marks():
-                return self._kept
+        """Return the graphs of all batches where they are kept; drop those that are stale."""
+        if self._kept is None and not self._some:
+            self._refuse_replaced_parameters()
+        elif self._made_at != self._marks():
             self._kept = None
-        self._refuse_replaced_parameters()
-        if not self._keep:
-            return None
-        kept = []
-        held, budget = 0.0, self._budget()
-        with isolated_randomness(self._batches.generators()):
-            for batch in self._batches:
-                size = self._batches.size(batch) if self._needs_sizes else 1.0
-                if not self._batches.single:
-                    if self._bytes_per_size is None:
-                        self._measure(batch)
-                    held += (self._bytes_per_size or 0.0) * self._batches.size_or(batch, size)
-                    if held > budget:
-                        self._keep = False
-                        return None
-                kept.append((self._build(batch), size))
-        self._keep_graphs(kept)
-        return kept
+            self._some.clear()
+            self._refuse_replaced_parameters()
+        return self._kept
 
     def _owned_parameters(self) -> set[int]:
         return {id(p) for module in self._modules for p in module._parameters.values()}
@@ -311,9 +305,44 @@ class LossOperator(LinearOperator):
         return self._reduction == "mean"
 
     def _stream(self) -> Iterator[tuple[LossGraph, float]]:
-        """Build the graphs of all batches one after the other, dropping each after its use."""
-        for batch in self._batches:
-            yield self._build(batch), self._batches.size(batch) if self._needs_sizes else 1.0
+        """The graphs of all batches in turn; what fits the budget is kept, the rest is dropped.
+
+        One that was kept counts only for the very batch that it was built from: a loader may give
+        other ones in another pass.
+        """
+        if not self._some:
+            self._made_at = self._marks()
+            self._room = float(self._budget())
+        count = 0
+        for index, batch in enumerate(self._batches):
+            count += 1
+            held = self._some.get(index)
+            if held is not None and not same_tensors(held.batch, batch):
+                self._some.clear()
+                self._keep = self._keep_some = False
+                held = None
+            if held is None:
+                size = self._batches.size(batch) if self._needs_sizes else 1.0
+                needed = self._bytes_of(batch) if self._keep_some else 0.0
+                held = _Held(batch, self._build(batch), size)
+                if self._keep_some and needed <= self._room:
+                    self._room -= needed
+                    self._some[index] = held
+                else:
+                    self._keep = False
+            yield held.graph, held.size
+            del held  # before the next one is built: two may not fit
+        if len(self._some) == count:
+            self._kept = [(held.graph, held.size) for held in self._some.values()]
+            self._some.clear()
+
+    def _bytes_of(self, batch: Any) -> float:
+        """About what the graph of a batch takes; nothing for one batch alone, always kept."""
+        if self._batches.single:
+            return 0.0
+        if self._bytes_per_size is None:
+            self._measure(batch)
+        return (self._bytes_per_size or 0.0) * self._batches.size_or(batch, 1.0)
 
     def _average(
         self,
