@@ -80,13 +80,13 @@ class ResNet20(nn.Module):
 
 
 class Transformer8(nn.Module):
-    """Eight encoder layers of width 256."""
+    """Eight encoder layers, of width 256 unless another one is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 256) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 8, enable_nested_tensor=False)
-        self.head = nn.Linear(256, 10)
+        self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.encoder(x).mean(dim=1))

@@ -7,16 +7,21 @@ processes, one or several in each; only one of them runs at a time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import select
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import binom
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,92 @@ class Median:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-class Worker:
-    """A process with some variants.
+class WorkerError(RuntimeError):
+    """A worker ended, or gave no answer in time."""
+
+
+class Process:
+    """A process that is asked and answers, a line of JSON each.
 
     Not of :mod:`multiprocessing`, in whose processes some of the tools refuse to work.
+
+    Parameters
+    ----------
+    module : str
+        What it runs.
+    *arguments : str
+    python : str
+        The interpreter, of this environment or another.
+    patience : float, optional
+        Seconds after which a worker without an answer is ended.
+
+    Raises
+    ------
+    WorkerError
+        If it ends before its first answer.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        python: str = sys.executable,
+        patience: float | None = None,
+    ) -> None:
+        self._title = " ".join([module.rpartition(".")[2], *arguments])
+        self._patience = patience
+        self._process = subprocess.Popen(
+            [python, "-m", module, *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        )  # fmt: skip
+        self.first: Any = self._answer()
+
+    def _answer(self) -> Any:
+        stream = self._process.stdout
+        assert stream is not None
+        # Between answers nothing is left in the buffer of the stream: select sees all.
+        if self._patience is not None and not select.select([stream], [], [], self._patience)[0]:
+            self.kill()
+            msg = f"The worker {self._title} gave no answer in {self._patience:.0f} s: ended."
+            raise WorkerError(msg)
+        line = stream.readline()
+        if not line:
+            msg = f"The worker {self._title} ended (exit status {self._process.wait()})."
+            raise WorkerError(msg)
+        return json.loads(line)
+
+    def ask(self, content: Any) -> Any:
+        """Send something, and wait for the answer.
+
+        Raises
+        ------
+        WorkerError
+            If the process ends, or is not done in time.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(content) + "\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            msg = f"The worker {self._title} had ended (exit status {self._process.wait()})."
+            raise WorkerError(msg) from error
+        return self._answer()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """Let it end by itself."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+
+
+class Worker(Process):
+    """A process with some variants.
 
     Parameters
     ----------
@@ -59,21 +146,8 @@ class Worker:
     def __init__(
         self, factory: str, problem: str, device: str, threads: int, *options: str
     ) -> None:
-        arguments = [factory, problem, device, str(threads), *options]
-        self._title = " ".join(arguments)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.variants: list[str] = self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            msg = f"The worker {self._title} ended."
-            raise RuntimeError(msg)
-        return json.loads(line)
+        super().__init__("benchmarks.worker", factory, problem, device, str(threads), *options)
+        self.variants: list[str] = self.first
 
     def turn(self, name: str, steps: int) -> tuple[float, float, float]:
         """Time some steps of a variant.
@@ -85,16 +159,8 @@ class Worker:
         growth : float
             By how many MiB the most memory that the process ever held has grown.
         """
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([name, steps]) + "\n")
-        self._process.stdin.flush()
-        wall, processor, growth = self._answer()
+        wall, processor, growth = self.ask([name, steps])
         return wall, processor, growth
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 @dataclass(frozen=True)

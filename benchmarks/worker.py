@@ -48,10 +48,16 @@ def held(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def main() -> None:
-    """Serve until the input ends."""
-    from benchmarks.variants import FACTORIES
+def serve(begin: Callable[[], Any], handle: Callable[[Any], Any]) -> None:
+    """Answer lines of JSON on the standard input with lines of JSON, until the input ends.
 
+    Parameters
+    ----------
+    begin : callable
+        Its result is the first answer, before anything was asked.
+    handle : callable
+        From what was asked to the answer.
+    """
     # Whatever others print must not come between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -60,15 +66,30 @@ def main() -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
+    answer(begin())
+    for line in sys.stdin:
+        answer(handle(json.loads(line)))
+
+
+def main() -> None:
+    """Take turns with the variants of a factory."""
+    from benchmarks.variants import FACTORIES
+
     factory, problem, device, threads, *options = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    variants = FACTORIES[factory](problem, device, *options)
-    answer(list(variants))
-    for line in sys.stdin:
-        name, steps = json.loads(line)
+    variants: dict[str, Variant] = {}
+
+    def begin() -> list[str]:
+        variants.update(FACTORIES[factory](problem, device, *options))
+        return list(variants)
+
+    def turn(asked: tuple[str, int]) -> list[float]:
+        name, steps = asked
         before = held(device)
         wall, processor = take_turn(variants[name], steps, device)
-        answer([wall, processor, held(device) - before])
+        return [wall, processor, held(device) - before]
+
+    serve(begin, turn)
 
 
 if __name__ == "__main__":
