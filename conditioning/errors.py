@@ -163,6 +163,10 @@ class MixedDtypeWarning(ConditioningWarning):
     """The selected parameters have several dtypes: products are as good as the coarsest."""
 
 
+class LargeGraphWarning(ConditioningWarning):
+    """The graph of a batch may not fit in memory, and cannot be held in parts."""
+
+
 class NonsmoothPointWarning(ConditioningWarning):
     """The parameters sit on a kink, where autograd's second derivative is a convention."""
 

@@ -35,6 +35,9 @@ _NO_SECOND_DERIVATIVE = re.compile(
     r"|the derivative of .* is not implemented"
 )
 
+# Those of segments.py, which can be differentiated as often as is needed here.
+_OWN_FUNCTIONS = {"_RunAgain", "_PullAgain"}
+
 _REENTRANT = (
     "The model uses reentrant activation checkpointing, which has no second derivative. Call "
     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
@@ -135,8 +138,8 @@ def _nodes(outputs: Sequence[Tensor | None]) -> Iterator[Any]:
 def _custom_functions(outputs: Sequence[Tensor]) -> list[str]:
     """Names of the user's own functions in a graph."""
     kind = torch.autograd.function.BackwardCFunction
-    names = [type(node).__name__ for node in _nodes(outputs) if isinstance(node, kind)]
-    return sorted({name.removesuffix("Backward") for name in names})
+    nodes = [type(node) for node in _nodes(outputs) if isinstance(node, kind)]
+    return sorted({node.__name__.removesuffix("Backward") for node in nodes} - _OWN_FUNCTIONS)
 
 
 def refuse_dead_ends(outputs: Sequence[Tensor], gradients: Parts) -> list[str]:

@@ -182,6 +182,10 @@ def _mark(tensor: Tensor) -> tuple[int, int]:
     return version, tensor.data_ptr()
 
 
+class GraphTooLarge(Exception):
+    """A graph holds more than it may."""
+
+
 class SavedBytes:
     """Counts the bytes that a graph keeps for its backward passes, each storage once.
 
@@ -191,6 +195,13 @@ class SavedBytes:
     ----------
     known : iterable of Tensor
         What is in memory anyway: parameters and data.
+    limit : int, optional
+        The most bytes.
+
+    Raises
+    ------
+    GraphTooLarge
+        Where the graph is built, as soon as it holds more.
 
     Attributes
     ----------
@@ -200,7 +211,8 @@ class SavedBytes:
         Rounding unit of the coarsest floating dtype that the graph computes in.
     """
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, known: Iterable[Tensor], limit: int | None = None) -> None:
+        self._limit = limit
         self._seen = {t.untyped_storage().data_ptr() for t in known}
         self.total = 0
         self.eps = 0.0
@@ -215,6 +227,8 @@ class SavedBytes:
             if storage.data_ptr() not in self._seen:
                 self._seen.add(storage.data_ptr())
                 self.total += storage.nbytes()
+                if self._limit is not None and self.total > self._limit:
+                    raise GraphTooLarge
         return tensor.detach()
 
     def __enter__(self) -> SavedBytes:

@@ -93,6 +93,11 @@ class KinkRecorder(TorchFunctionMode):
         super().__init__()
         self.calls: list[tuple[str, Tensor | None]] = []
 
+    def __enter__(self) -> KinkRecorder:
+        self.calls.clear()  # of a pass that did not come to its end
+        super().__enter__()
+        return self
+
     def __torch_function__(
         self,
         func: Callable[..., Any],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from conditioning.errors import (
     InvalidArgumentError,
+    LargeGraphWarning,
     LossWithoutGraphError,
     NonScalarLossError,
     ParameterSelectionError,
 )
-from conditioning.memory import available_bytes
+from conditioning.memory import available_bytes, format_bytes
 from conditioning.operators import checks
 from conditioning.operators.base import LinearOperator
 from conditioning.operators.batches import (
@@ -29,6 +31,7 @@ from conditioning.operators.batches import (
 from conditioning.operators.graphs import BlockEngine, LossGraph
 from conditioning.operators.guards import (
     BufferGuard,
+    GraphTooLarge,
     SavedBytes,
     differentiable,
     fingerprint,
@@ -41,6 +44,7 @@ from conditioning.operators.parameters import (
     select_parameters,
     warn_of_mixed_dtypes,
 )
+from conditioning.operators.segments import has_segments, segmented
 
 _REDUCTIONS = ("mean", "sum")
 # Frames between a user's call and the place in this package that warns.
@@ -120,6 +124,9 @@ class LossOperator(LinearOperator):
         self._some: dict[int, _Held] = {}
         self._room = 0.0
         self._keep = self._keep_some = True
+        # Whether graphs hold what enters the blocks only, and whether that may come to be.
+        self._checkpointed = False
+        self._limited = True
         self._bytes_per_size: float | None = None
         self._eps = self._layout.eps
         self._made_at: tuple[Any, ...] = ()
@@ -224,6 +231,7 @@ class LossOperator(LinearOperator):
             differentiable(self._modules, self.device),
             buffers or BufferGuard(self._modules),
             watch or contextlib.nullcontext(),
+            self._segments(),
         ):
             # A model that works in place from its first layer on would change the caller's data.
             return self._graph(map_tensors(_own, to_device(batch, self.device)))
@@ -255,14 +263,47 @@ class LossOperator(LinearOperator):
         watch: contextlib.AbstractContextManager[Any] | None = None,
         buffers: BufferGuard | None = None,
     ) -> LossGraph:
-        """Build a graph to throw away, and note how many bytes it holds."""
-        counter = SavedBytes([*self._parameters, *tensors_in(batch)])
-        with counter:
+        """Build a graph to throw away, and note how many bytes it holds.
+
+        One that would hold too many is given up on the way, and built in segments.
+        """
+        counter = SavedBytes([*self._parameters, *tensors_in(batch)], self._graph_limit())
+        try:
+            with counter:
+                graph = self._build(batch, watch=watch, buffers=buffers)
+        except GraphTooLarge:
+            self._checkpointed = has_segments(self._owners.values())
+            if not self._checkpointed:
+                self.warn_of_large_graph("it has no blocks that could be run again")
+                return self._measure(batch, watch=watch, buffers=buffers)
             graph = self._build(batch, watch=watch, buffers=buffers)
         self._bytes_per_size = counter.total / self._batches.size_or(batch, 1.0)
         self._eps = max(self._eps, counter.eps)
         self._engine.limit(counter.total, self.shape[0] * self.dtype.itemsize, self._budget())
         return graph
+
+    def _segments(self) -> contextlib.AbstractContextManager[None]:
+        if not self._checkpointed:
+            return contextlib.nullcontext()
+        return segmented(list(self._owners.values()), self._parameters, self.device)
+
+    def _graph_limit(self) -> int | None:
+        """Bytes that one graph may hold before it is built in segments."""
+        if self._checkpointed or not self._limited or self._kept is not None:
+            return None
+        if self._memory_budget is not None and self._batches.single:
+            return self._memory_budget
+        return available_bytes(self.device) // 2
+
+    def warn_of_large_graph(self, why: str) -> None:
+        """Say that a graph is built although it may not fit."""
+        self._checkpointed = self._limited = False
+        msg = (
+            f"The gradient's graph of a batch holds more than {format_bytes(self._budget())}, and "
+            f"the model cannot be run again block by block instead: {why}. It is built as it is. "
+            f"With smaller batches (a list of them) one graph is built at a time."
+        )
+        warnings.warn(msg, LargeGraphWarning, stacklevel=_STACKLEVEL + 4)
 
     def _marks(self) -> tuple[Any, ...]:
         return fingerprint(self._parameters, self._modules)
