@@ -126,7 +126,7 @@ def resnet20(batch: int = 64, side: int = 32) -> HessianProblem:
     )  # fmt: skip
 
 
-def transformer(batch: int = 2, length: int = 32, width: int = 256) -> HessianProblem:
+def transformer(batch: int = 4, length: int = 32, width: int = 128) -> HessianProblem:
     torch.manual_seed(0)
     # Without dropout, training mode is the same function, and has no fast path of its own.
     return _classify(
@@ -135,7 +135,7 @@ def transformer(batch: int = 2, length: int = 32, width: int = 256) -> HessianPr
     )  # fmt: skip
 
 
-def math_transformer(batch: int = 2, length: int = 32, width: int = 256) -> HessianProblem:
+def math_transformer(batch: int = 4, length: int = 32, width: int = 128) -> HessianProblem:
     problem = transformer(batch, length, width)
     problem.title = problem.title.replace("fused attention", "attention not fused")
     problem.model = MathAttention(problem.model)
@@ -190,7 +190,7 @@ CASES: dict[str, Case] = {
     "tiny": Case("tiny MLP", tiny, {}),
     "fc": Case("residual net", residual_net, {"depth": 8, "width": 32, "samples": 250}),
     "lstm": Case("LSTM", lstm, {"batch": 8, "length": 8, "width": 32}),
-    "transformer": Case("transformer", math_transformer, {"batch": 2, "length": 8, "width": 64}),
-    "fused": Case("transformer, fused attention", transformer, {"batch": 2, "length": 8, "width": 64}),
-    "resnet20": Case("ResNet-20", resnet20, {"batch": 4, "side": 16}),
+    "transformer": Case("transformer", math_transformer, {"batch": 1, "length": 8, "width": 32}),
+    "fused": Case("transformer, fused attention", transformer, {"batch": 1, "length": 8, "width": 32}),
+    "resnet20": Case("ResNet-20", resnet20, {"batch": 2, "side": 8}),
 }

@@ -147,10 +147,10 @@ def load_or_compute(
     path, key = folder / FILE, f"{case}, {'quick' if quick else 'full'}"
     kept = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     problem = CASES[case].build(quick=quick)
-    mark = list(problem.double().fingerprint())
-    found = kept.get(key)
-    if found is not None and np.allclose(found["fingerprint"], mark, rtol=1e-9, atol=0):
-        return dict(found)
+    mark = [problem.size, *problem.double().fingerprint()]
+    for found in kept.values():  # whatever its name: the same function has the same Hessian
+        if np.allclose(found["fingerprint"], mark, rtol=1e-9, atol=0):
+            return dict(found)
     size = "quick" if quick else "full"
     process = Process("benchmarks.references", case, size, str(threads), patience=patience)
     process.close()

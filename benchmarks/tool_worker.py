@@ -89,8 +89,8 @@ class Server:
         options = {key: value for key, value in asked.items() if key != "do"}
         try:
             found: dict[str, Any] = getattr(self, f"do_{asked['do']}")(**options)
-        except OutOfTimeError:
-            return {"fails": f"stopped after {options['seconds']:.0f} s", "stopped": True}
+        except OutOfTimeError as stopped:
+            return {"fails": f"stopped after {options['seconds']:.3g} s ({stopped})"}
         except Exception as error:  # whatever another tool raises is a result here
             return {"fails": message(error)}
         return found

@@ -41,7 +41,8 @@ class Counted:
 
     def __call__(self, *arguments: Any) -> Any:
         if time.perf_counter() > self._end:
-            raise OutOfTimeError
+            msg = f"{self.count} products"
+            raise OutOfTimeError(msg)
         vectors = arguments[-1]
         blocked = isinstance(vectors, Tensor) and vectors.ndim == 2
         self.count += vectors.shape[1] if blocked else 1
