@@ -391,7 +391,7 @@ def test_a_bidiagonal_run_is_the_lanczos_run_of_the_augmented_matrix(shape, batc
     rows = matrix.shape[0]
     augmented[:rows, rows:], augmented[rows:, :rows] = matrix, matrix.T
     basis = torch.zeros(sum(matrix.shape), 30, dtype=torch.float64)
-    first, second = (torch.cat(run._side(parity)).T for parity in (0, 1))
+    first, second = (side.dense() for side in run._sides)
     near = slice(rows, None) if shape[0] >= shape[1] else slice(0, rows)
     far = slice(0, rows) if shape[0] >= shape[1] else slice(rows, None)
     basis[near, ::2], basis[far, 1::2] = first, second

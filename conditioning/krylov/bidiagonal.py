@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from conditioning.errors import AsymmetricOperatorError, InvalidArgumentError, ShapeError
-from conditioning.krylov.run import _CHUNK, LanczosRun
+from conditioning.krylov.run import LanczosRun
+from conditioning.krylov.vectors import Basis
 from conditioning.operators.base import LinearOperator
 
 
@@ -67,7 +68,6 @@ class BidiagonalRun(LanczosRun):
                 f"operator, got {tuple(start.shape)}."
             )
             raise ShapeError(msg)
-        self._sides: tuple[list[Tensor], list[Tensor]] = ([], [])
         limit = 2 * self._lengths[0]
         padded = torch.nn.functional.pad(start.detach(), (0, self._lengths[1]))
         super().__init__(
@@ -85,34 +85,28 @@ class BidiagonalRun(LanczosRun):
 
     # -- what differs: two half bases -------------------------------------------------------
 
-    def _side(self, parity: int) -> list[Tensor]:
-        """Stored basis vectors of one side, as blocks of rows."""
-        full, rest = divmod((self.num_steps + 1 - parity) // 2, _CHUNK)
-        rows = self._sides[parity][:full]
-        return [*rows, self._sides[parity][full][:rest]] if rest else rows
+    def _new_basis(self, dtype: torch.dtype) -> Basis:
+        rooms = [(self.max_steps + 1 - parity) // 2 for parity in (0, 1)]
+        self._sides = [
+            Basis(self.operator, length, room, dtype)
+            for length, room in zip(self._lengths, rooms, strict=True)
+        ]
+        return self._sides[0]
 
     def _append(self, vector: Tensor) -> None:
-        place, parity = divmod(self.num_steps, 2)
-        index, row = divmod(place, _CHUNK)
-        side = self._sides[parity]
-        if index == len(side):
-            room = (self.max_steps + 1 - parity) // 2 - index * _CHUNK
-            shape = (max(min(_CHUNK, room), 1), self._lengths[parity])
-            side.append(torch.empty(shape, dtype=self._dtype, device=self._device))
-        side[index][row] = vector
+        self._sides[self.num_steps % 2].append(vector)
         self.num_steps += 1
 
-    def _orthogonalise(self, vector: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _orthogonalise(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         # The other half of the basis is orthogonal without doing anything, and so is the newest
         # vector, whose coefficient (the diagonal of the Jacobi matrix) is zero.
-        rows = self._side(self.num_steps % 2)
-        total = [torch.zeros(len(r), dtype=self._dtype, device=self._device) for r in rows]
+        side = self._sides[self.num_steps % 2]
+        total = torch.zeros(len(side) + 1, dtype=vector.dtype, device=vector.device)
         for _ in range(2):
-            coefficients = [r @ vector for r in rows]
-            for row, coefficient in zip(rows, coefficients, strict=True):
-                vector = torch.addmv(vector, row.T, coefficient, alpha=-1)
-            total = [t + c for t, c in zip(total, coefficients, strict=True)]
-        return vector, [*total, torch.zeros(1, dtype=self._dtype, device=self._device)]
+            coefficients = side.inner(vector)
+            vector = side.subtract(vector, coefficients)
+            total[:-1] += coefficients
+        return vector, total
 
     def _product(self, vector: Tensor) -> Tensor:
         parity = self.num_steps % 2
@@ -125,15 +119,19 @@ class BidiagonalRun(LanczosRun):
                 f"{type(self._map).__name__} know its transpose? Pass rmatvec=."
             )
             raise ShapeError(msg)
-        return product.to(self._dtype)
+        return product.to(torch.float64)
 
     def _rewind(self) -> None:
         kept = len(self._alpha)
         if self.num_steps > kept:
             place, parity = divmod(kept, 2)
-            index, row = divmod(place, _CHUNK)
-            self._next = self._sides[parity][index][row].clone()
-            self.num_steps = kept
+            self._next = self._sides[parity][place]
+            self._forget(kept)
+
+    def _forget(self, kept: int) -> None:
+        for parity, side in enumerate(self._sides):
+            side.truncate((kept + 1 - parity) // 2)
+        self.num_steps = kept
 
     def _check_scalars(self, alpha: float, beta: float, leak: float) -> None:
         try:
@@ -167,9 +165,7 @@ class BidiagonalRun(LanczosRun):
         coefficients : Tensor of shape (k, l)
             In the Krylov basis of ``k`` steps; those of even index are used.
         """
-        coefficients = coefficients[::2].to(self._device, self._dtype)
-        parts = zip(self._side(0), coefficients.split(_CHUNK), strict=True)
-        return sum((row.T @ part for row, part in parts), start=torch.zeros((), dtype=self._dtype))
+        return self._sides[0].combine(coefficients[::2].to(self._device, torch.float64))
 
     def save(self, path: str | Path) -> None:  # noqa: ARG002
         """Not offered."""

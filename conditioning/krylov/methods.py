@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from conditioning.errors import InvalidArgumentError, NonFiniteError, ShapeError
+from conditioning.krylov import vectors
 from conditioning.krylov.run import LanczosRun, make_generator
 from conditioning.operators.base import FunctionOperator, LinearOperator, as_operator
 
@@ -229,7 +230,7 @@ def power_iteration(
         msg = f"rtol must lie between 0 and 1, got {rtol}."
         raise InvalidArgumentError(msg)
     operator = _operator_of(matvec, start)
-    norm = torch.linalg.vector_norm(start.to(torch.float64))
+    norm = vectors.norm(operator, start.to(torch.float64))
     if not (torch.isfinite(norm) and norm > 0):
         msg = "The start vector of power iteration must be finite and not zero."
         raise InvalidArgumentError(msg)
@@ -238,11 +239,11 @@ def power_iteration(
     best = PowerIteration(float("nan"), current, float("inf"), 0, False)
     for step in range(1, num_steps + 1):
         image = operator.matvec(current).to(torch.float64)
-        best = _ritz_pair(current, image, previous)._replace(num_matvecs=step)
+        best = _ritz_pair(operator, current, image, previous)._replace(num_matvecs=step)
         if not np.isfinite(best.residual_norm):
             msg = "A product of the operator is not finite (NaN or infinity)."
             raise NonFiniteError(msg)
-        length = torch.linalg.vector_norm(image)
+        length = vectors.norm(operator, image)
         if best.residual_norm <= rtol * abs(best.value) or float(length) == 0:
             return best._replace(converged=True)
         previous = (current, image)
@@ -251,26 +252,29 @@ def power_iteration(
 
 
 def _ritz_pair(
-    vector: Tensor, image: Tensor, previous: tuple[Tensor, Tensor] | None
+    operator: LinearOperator,
+    vector: Tensor,
+    image: Tensor,
+    previous: tuple[Tensor, Tensor] | None,
 ) -> PowerIteration:
     """The dominant Ritz pair of one vector, or of two when the older one adds a direction."""
-    quotient = vector @ image
-    residual = torch.linalg.vector_norm(image - quotient * vector)
+    quotient = vectors.inner(operator, vector, image)
+    residual = vectors.norm(operator, image - quotient * vector)
     single = PowerIteration(float(quotient), vector, float(residual), 0, False)
     if previous is None:
         return single
-    overlap = vector @ previous[0]
+    overlap = vectors.inner(operator, vector, previous[0])
     other = previous[0] - overlap * vector
-    length = torch.linalg.vector_norm(other)
+    length = vectors.norm(operator, other)
     if float(length) < 1e-5:  # parallel to rounding: the difference has no digits left
         return single
-    basis = torch.stack([vector, other / length])
-    images = torch.stack([image, (previous[1] - overlap * image) / length])
-    small = basis @ images.T
-    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    basis = torch.stack([vector, other / length], dim=1)
+    images = torch.stack([image, (previous[1] - overlap * image) / length], dim=1)
+    small = vectors.inner(operator, basis, images)
+    values, turned = torch.linalg.eigh((small + small.T) / 2)
     top = int(values.abs().argmax())
-    ritz = vectors[:, top] @ basis
-    residual = torch.linalg.vector_norm(vectors[:, top] @ images - values[top] * ritz)
+    ritz = basis @ turned[:, top]
+    residual = vectors.norm(operator, images @ turned[:, top] - values[top] * ritz)
     if float(residual) >= single.residual_norm:
         return single
     return PowerIteration(float(values[top]), ritz, float(residual), 0, False)

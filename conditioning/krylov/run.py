@@ -21,9 +21,10 @@ from conditioning.errors import (
     ShapeError,
 )
 from conditioning.jacobi import JacobiMatrix
+from conditioning.krylov import vectors
+from conditioning.krylov.vectors import Basis
 from conditioning.operators.base import LinearOperator
 
-_CHUNK = 64  # basis vectors per allocation: growing never copies what is there
 _SMALLEST = 1e-140  # below, squares leave the range of float64
 
 
@@ -65,7 +66,9 @@ class LanczosRun:
         Orthonormal columns to project out: the run then sees ``(I - V V^T) A (I - V V^T)``.
     basis_dtype : torch.dtype
         Of the stored basis. float64 also for float32 products: the basis is then
-        orthogonal to 1e-16 and only the products carry rounding.
+        orthogonal to 1e-16 and only the products carry rounding. float32 halves the memory;
+        inner products are taken in float64 all the same, and what storing loses (3e-8 of the
+        scale) is measured and added to ``guard``.
     measure_noise : bool
         Spend one product to measure the rounding of the products (by comparing
         ``A (0.7 q) / 0.7`` with ``A q``), which sets the guard of every bound.
@@ -104,25 +107,30 @@ class LanczosRun:
                 f"{tuple(start.shape)}."
             )
             raise ShapeError(msg)
+        if basis_dtype not in (torch.float32, torch.float64):
+            msg = f"basis_dtype must be torch.float32 or torch.float64, got {basis_dtype}."
+            raise InvalidArgumentError(msg)
         self.operator = operator
         self.start_norm = float(self._norm(start.to(torch.float64)))
         self.num_steps = 0
         self.closed = False
         self.noise = 0.0
         self._measure_noise = measure_noise
-        self._deflate = None if deflate is None else deflate.to(basis_dtype).T.contiguous()
-        self._chunks: list[Tensor] = []
-        self._dtype = basis_dtype
+        self._deflate = None
+        if deflate is not None and deflate.shape[1]:
+            self._deflate = deflate.to(torch.float64)
         self._device = operator.device
         self._alpha: list[float] = []
         self._beta: list[float] = []
         # Sync-free devices read their scalars back in batches; the CPU has nothing to wait for.
         self._check_every = 1 if self._device.type == "cpu" else 10
         self._leak = 0.0
+        self._lost = 0.0
         self._may_close = True
         self._jacobi: JacobiMatrix | None = None
         self.max_steps = size if max_steps is None else min(max_steps, size)
-        vector = start.detach().to(self._device, basis_dtype)
+        self._basis = self._new_basis(basis_dtype)
+        vector = start.detach().to(self._device, torch.float64)
         if not (np.isfinite(self.start_norm) and self.start_norm > 0):
             msg = "The start vector of a Krylov method must be finite and not zero."
             raise InvalidArgumentError(msg)
@@ -131,51 +139,44 @@ class LanczosRun:
         if remaining < 1e-8:
             msg = "The start vector lies in the space that is projected out: draw another."
             raise InvalidArgumentError(msg)
-        self._next /= remaining
+        self._next = self._stored(self._next / remaining)[0]
 
     # -- the recurrence ---------------------------------------------------------------------
 
-    def _rows(self) -> list[Tensor]:
-        """Stored basis vectors, as blocks of rows."""
-        full, rest = divmod(self.num_steps, _CHUNK)
-        rows = self._chunks[:full]
-        return [*rows, self._chunks[full][:rest]] if rest else rows
+    def _new_basis(self, dtype: torch.dtype) -> Basis:
+        return Basis(self.operator, self.operator.local_size, self.max_steps, dtype)
 
     def _append(self, vector: Tensor) -> None:
-        index, row = divmod(self.num_steps, _CHUNK)
-        if index == len(self._chunks):
-            size = min(_CHUNK, self.max_steps - index * _CHUNK)
-            shape = (max(size, 1), self.operator.local_size)
-            self._chunks.append(torch.empty(shape, dtype=self._dtype, device=self._device))
-        self._chunks[index][row] = vector
+        self._basis.append(vector)
         self.num_steps += 1
 
-    def _orthogonalise(self, vector: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _stored(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """The vector as the basis will hold it, which is the one to multiply, and what is lost."""
+        if self._basis.dtype == vector.dtype:
+            return vector, torch.zeros((), dtype=vector.dtype, device=vector.device)
+        kept = vector.to(self._basis.dtype).to(vector.dtype)
+        return kept, self._norm(vector - kept)
+
+    def _orthogonalise(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Project out basis and deflated space, twice; also the coefficients on the basis."""
-        rows = self._rows()
-        total = [torch.zeros(len(r), dtype=self._dtype, device=self._device) for r in rows]
+        total = torch.zeros(self.num_steps, dtype=vector.dtype, device=vector.device)
         for _ in range(2):
-            coefficients = [self._inner(r, vector) for r in rows]
+            coefficients = self._basis.inner(vector)
             outside = None if self._deflate is None else self._inner(self._deflate, vector)
-            for row, coefficient in zip(rows, coefficients, strict=True):
-                vector = torch.addmv(vector, row.T, coefficient, alpha=-1)
+            vector = self._basis.subtract(vector, coefficients)
             if self._deflate is not None and outside is not None:
-                vector = torch.addmv(vector, self._deflate.T, outside, alpha=-1)
-            total = [t + c for t, c in zip(total, coefficients, strict=True)]
+                vector.addmv_(self._deflate, outside, alpha=-1)
+            total += coefficients
         return vector, total
 
-    def _inner(self, rows: Tensor, vector: Tensor) -> Tensor:
-        """Inner products of stored rows with a vector."""
-        return self.operator.sum_over_shards(rows @ vector)
+    def _inner(self, left: Tensor, right: Tensor) -> Tensor:
+        return vectors.inner(self.operator, left, right)
 
     def _norm(self, vector: Tensor) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(vector)
-        if self.operator.local_size == self.operator.shape[1]:
-            return norm
-        return self.operator.sum_over_shards(norm.square()).sqrt()
+        return vectors.norm(self.operator, vector)
 
     def _product(self, vector: Tensor) -> Tensor:
-        return self.operator.matvec(vector).to(self._dtype)
+        return self.operator.matvec(vector).to(torch.float64)
 
     def extend(self, num_steps: int) -> None:
         """Do up to ``num_steps`` further steps; fewer when the Krylov space closes.
@@ -200,9 +201,12 @@ class LanczosRun:
         """Back to the last step whose scalars are known."""
         kept = len(self._alpha)
         if self.num_steps > kept:
-            index, row = divmod(kept, _CHUNK)
-            self._next = self._chunks[index][row].clone()
-            self.num_steps = kept
+            self._next = self._basis[kept]
+            self._forget(kept)
+
+    def _forget(self, kept: int) -> None:
+        self._basis.truncate(kept)
+        self.num_steps = kept
 
     def _batch(self, count: int) -> None:
         """``count`` steps with one read-back of the scalars at their end."""
@@ -218,25 +222,25 @@ class LanczosRun:
                 noise = self._norm(again - product)
             self._append(vector)
             rest, coefficients = self._orthogonalise(product)
-            flat = torch.cat(coefficients)
-            leak = torch.linalg.vector_norm(flat[:-2])
+            leak = torch.linalg.vector_norm(coefficients[:-2])
             beta = self._norm(rest)
-            scalars.append(torch.stack([flat[-1], beta, leak]).to(torch.float64))
-            self._next = rest / beta.clamp_min(tiny)
+            self._next, lost = self._stored(rest.div_(beta.clamp_min(tiny)))
+            scalars.append(torch.stack([coefficients[-1], beta, leak, lost]))
             nexts.append(self._next)
         values = torch.stack(scalars).tolist()
         if noise is not None:
             self.noise = float(noise)
-        for done, (alpha, beta, leak) in enumerate(values):
+        for done, (alpha, beta, leak, lost) in enumerate(values):
             self._check_scalars(alpha, beta, leak)
             self._alpha.append(alpha)
             self._beta.append(beta)
             # What reorthogonalisation removes beyond the two newest vectors is zero in
             # exact arithmetic: its size is rounding of the products.
             self._leak = max(self._leak, leak)
+            self._lost = max(self._lost, lost)
             if beta <= self._closing_norm() or self._is_noise():
                 self.closed = True
-                self.num_steps -= count - done - 1
+                self._forget(self.num_steps - (count - done - 1))
                 self._next = nexts[done]
                 return
         self.closed = self.complete
@@ -288,7 +292,7 @@ class LanczosRun:
         size = np.maximum(np.abs(jacobi.ritz_values), 1e-6 * scale)
         if np.any(jacobi.residual_norms > 1e-2 * size):
             return False
-        rounding = max(self.noise, self._leak, np.finfo(np.float64).eps * scale)
+        rounding = max(self._rounding, np.finfo(np.float64).eps * scale)
         growth = jacobi.rounding_growth()
         return bool(np.isfinite(growth) and newest <= 10 * rounding * growth)
 
@@ -313,7 +317,7 @@ class LanczosRun:
         return True
 
     def _num_deflated(self) -> int:
-        return 0 if self._deflate is None else len(self._deflate)
+        return 0 if self._deflate is None else self._deflate.shape[1]
 
     def _scale(self) -> float:
         beta = np.asarray(self._beta)
@@ -322,7 +326,12 @@ class LanczosRun:
 
     def _closing_norm(self) -> float:
         # A residual of the size of the noise carries no direction any more.
-        return 20 * max(self.noise, self._leak) + 50 * np.finfo(np.float64).eps * self._scale()
+        return 20 * self._rounding + 50 * np.finfo(np.float64).eps * self._scale()
+
+    @property
+    def _rounding(self) -> float:
+        """Of the products as measured, and of a basis that is stored in less than float64."""
+        return max(self.noise, self._leak, self._lost * self._scale())
 
     # -- what the run knows -----------------------------------------------------------------
 
@@ -333,7 +342,7 @@ class LanczosRun:
         Three times the measured noise plus 10 machine epsilons of the scale. The
         constants are a heuristic, checked on planted spectra, not a theorem.
         """
-        return 3 * max(self.noise, self._leak) + 10 * np.finfo(np.float64).eps * self._scale()
+        return 3 * self._rounding + 10 * np.finfo(np.float64).eps * self._scale()
 
     @property
     def num_matvecs(self) -> int:
@@ -352,8 +361,8 @@ class LanczosRun:
     def basis(self) -> Tensor:
         """Orthonormal basis, shape ``(n, k)``."""
         if not self.num_steps:
-            return torch.empty(self.operator.local_size, 0, dtype=self._dtype, device=self._device)
-        return torch.cat(self._rows()).T
+            return torch.empty(self.operator.local_size, 0, dtype=torch.float64)
+        return self._basis.dense()
 
     @property
     def residual(self) -> Tensor:
@@ -363,9 +372,12 @@ class LanczosRun:
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """Basis times ``coefficients`` of shape ``(k, l)``, without copying the basis."""
-        coefficients = coefficients.to(self._device, self._dtype)
-        parts = zip(self._rows(), coefficients.split(_CHUNK), strict=True)
-        return sum((row.T @ part for row, part in parts), start=torch.zeros((), dtype=self._dtype))
+        return self._basis.combine(coefficients.to(self._device, torch.float64))
+
+    def release(self) -> None:
+        """Give the memory of the basis back. What the Jacobi matrix tells stays known."""
+        self._basis.clear()
+        self.max_steps = self.num_steps
 
     # -- save and continue ------------------------------------------------------------------
 
@@ -378,11 +390,12 @@ class LanczosRun:
             "alpha": self._alpha,
             "beta": self._beta,
             "leak": self._leak,
+            "lost": self._lost,
             "noise": self.noise,
             "closed": self.closed,
             "may_close": self._may_close,
             "start_norm": self.start_norm,
-            "basis": torch.cat(self._rows()) if self.num_steps else torch.empty(0),
+            "basis": self._basis.rows() if self.num_steps else torch.empty(0),
             "next": self._next,
         }
         temporary = path.with_name(path.name + ".part")
@@ -405,18 +418,20 @@ class LanczosRun:
                 f"one has {self.operator.shape[0]}. Delete it or name another file."
             )
             raise InvalidArgumentError(msg)
-        self._chunks, self.num_steps, self._jacobi = [], 0, None
+        self.num_steps, self._jacobi = 0, None
         self.max_steps = max(self.max_steps, len(state["basis"]))
-        for row in state["basis"].to(self._dtype):
+        self._basis = self._new_basis(self._basis.dtype)
+        for row in state["basis"]:
             self._append(row)
         self._alpha, self._beta = list(state["alpha"]), list(state["beta"])
         self._leak, self.noise = state["leak"], state["noise"]
+        self._lost = state.get("lost", 0.0)
         self.closed, self._may_close = state["closed"], state["may_close"]
         self.start_norm = state["start_norm"]
-        self._next = state["next"].to(self._dtype)
+        self._next = state["next"].to(torch.float64)
         if self.num_steps:
-            last = self._rows()[-1][-1]
-            rayleigh = float(self._inner(last[None], self._product(last)))
+            last = self._basis[self.num_steps - 1]
+            rayleigh = float(self._inner(last, self._product(last)))
             if abs(rayleigh - self._alpha[-1]) > 100 * self.guard:
                 msg = (
                     f"The checkpoint {path} was made with other parameters or data: q^T A q is "

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from conditioning.errors import InvalidArgumentError
 from conditioning.jacobi import Array
-from conditioning.krylov import LanczosRun, make_generator, power_iteration, start_for
+from conditioning.krylov import LanczosRun, make_generator, start_for
+from conditioning.krylov.vectors import inner, norm, orthonormal
 from conditioning.memory import available_bytes
-from conditioning.operators.base import FunctionOperator, LinearOperator
+from conditioning.operators.base import LinearOperator
 from conditioning.spectrum.common import (
     check_at_least,
     check_between,
@@ -26,34 +25,13 @@ from conditioning.spectrum.common import (
 )
 from conditioning.spectrum.full import full_spectrum, solver_error, symmetric_part
 from conditioning.spectrum.measure import inverse_weight
+from conditioning.spectrum.pairs import KEYS, Locked, power_pairs
 from conditioning.spectrum.results import Eigenvalues, Estimate
 
 # How far beyond the k-th value an eigenvalue that nobody saw could lie: resolving less
 # costs products like 1 / sqrt of it.
 _SLACK = 1e-2
-_KEYS: dict[str, Callable[[Array], Array]] = {
-    "LM": np.abs,
-    "LA": lambda values: values,
-    "SA": lambda values: -values,
-    "SM": lambda values: -np.abs(values),
-}
 _METHODS = ("lanczos", "power", "dense")
-
-
-@dataclass
-class _Locked:
-    """Converged Ritz pairs, kept orthonormal, best first."""
-
-    vectors: Tensor
-    values: Array
-    residuals: Array
-
-    def add(self, vectors: Tensor, values: Array, residuals: Array, key: Any, k: int) -> None:
-        order = np.argsort(-key(np.concatenate([self.values, values])), kind="stable")[:k]
-        self.values = np.concatenate([self.values, values])[order]
-        self.residuals = np.concatenate([self.residuals, residuals])[order]
-        both = torch.cat([self.vectors, vectors], dim=1)
-        self.vectors = both[:, torch.as_tensor(order, device=both.device)]
 
 
 def eigenvalues(
@@ -118,18 +96,20 @@ def eigenvalues(
     fits = small and size <= max_matvecs and dense_fits(taken, memory_budget)
     if method == "dense" or (method == "lanczos" and fits):
         return _dense(taken, k, which, vectors, memory_budget, spent)
-    key = _KEYS[which]
+    key = KEYS[which]
     generator = make_generator(seed)
-    locked = _Locked(
-        torch.empty(size, 0, dtype=torch.float64, device=taken.device), np.empty(0), np.empty(0)
+    locked = Locked(
+        torch.empty(taken.local_size, 0, dtype=torch.float64, device=taken.device),
+        np.empty(0),
+        np.empty(0),
     )
     if method == "power":
-        status, message = _power(taken, locked, k, which, rtol, max_matvecs, generator, spent)
+        status, message = power_pairs(taken, locked, k, which, rtol, max_matvecs, generator, spent)
         outer = np.inf
     else:
         budget = available_bytes(taken.device) // 2 if memory_budget is None else memory_budget
         search = _Search(taken, k, which, rtol, max_matvecs, failure_probability, spent)
-        search.max_basis = max(budget // (8 * size), 2 * k + 10)
+        search.max_basis = max(budget // (8 * max(taken.local_size, 1)), 2 * k + 10)
         status, message, outer = search.run(locked, generator)
         failure_probability = search.chance
     error = _refine(taken, locked, key)
@@ -141,7 +121,7 @@ def eigenvalues(
     )  # fmt: skip
 
 
-def _refine(operator: LinearOperator, locked: _Locked, key: Any) -> float:
+def _refine(operator: LinearOperator, locked: Locked, key: Any) -> float:
     """Rayleigh-Ritz on the locked space, with the true residuals; their norm together.
 
     A pair that was found beside others had its residual measured in what was left of the
@@ -150,9 +130,9 @@ def _refine(operator: LinearOperator, locked: _Locked, key: Any) -> float:
     basis = locked.vectors
     if not basis.shape[1]:
         return 0.0
-    basis, _ = torch.linalg.qr(basis)
+    basis, _ = orthonormal(operator, basis)
     images = operator.matmat(basis).to(torch.float64)
-    small = basis.T @ images
+    small = inner(operator, basis, images)
     values, vectors = torch.linalg.eigh((small + small.T) / 2)
     order = np.argsort(-key(values.cpu().numpy()), kind="stable")
     values, vectors = values[order.copy()], vectors[:, order.copy()]
@@ -160,14 +140,15 @@ def _refine(operator: LinearOperator, locked: _Locked, key: Any) -> float:
     eps = torch.finfo(operator.dtype).eps
     rounding = 10 * eps * float(values.abs().max())
     locked.vectors, locked.values = basis @ vectors, values.cpu().numpy()
-    locked.residuals = torch.linalg.vector_norm(residual, dim=0).cpu().numpy() + rounding
-    return float(torch.linalg.matrix_norm(residual)) + rounding
+    norms = norm(operator, residual).cpu().numpy()
+    locked.residuals = norms + rounding
+    return float(np.sqrt((norms**2).sum())) + rounding
 
 
 def _check(
     k: int, size: int, which: str, method: str, rtol: float, max_matvecs: int, failure: float
 ) -> None:
-    check_choice(tuple(_KEYS), which=which)
+    check_choice(tuple(KEYS), which=which)
     check_choice(_METHODS, method=method)
     check_counts(k=k, max_matvecs=max_matvecs)
     check_between(0, 1, rtol=rtol)
@@ -213,7 +194,7 @@ def _dense(
     else:
         spectrum = full_spectrum(operator, budget)
         values, error = spectrum.values, spectrum.error
-    order = np.argsort(-_KEYS[which](values), kind="stable")[:k]
+    order = np.argsort(-KEYS[which](values), kind="stable")[:k]
     if basis is not None:
         basis = basis[:, torch.as_tensor(order.copy(), device=basis.device)]
     return Eigenvalues(
@@ -244,9 +225,9 @@ class _Search:
         used = self.operator.num_matvecs - self.spent
         return self.max_matvecs - min(self.k, self.max_matvecs // 2) - used
 
-    def run(self, locked: _Locked, generator: torch.Generator) -> tuple[str, str, float]:
+    def run(self, locked: Locked, generator: torch.Generator) -> tuple[str, str, float]:
         """Fill ``locked``; return status, message and the largest key that may be missing."""
-        key = _KEYS[self.which]
+        key = KEYS[self.which]
         rounds = 0
         while True:
             full = len(locked.values) == self.k
@@ -290,7 +271,7 @@ class _Search:
         self, run: LanczosRun, floor: float, allowed: float
     ) -> tuple[float, NDArray[np.bool_]]:
         """Extend until what exceeds ``floor`` has converged or is excluded."""
-        key = _KEYS[self.which]
+        key = KEYS[self.which]
         while True:
             room = min(self.left - (0 if run.num_steps else 1), self.max_basis - run.num_steps)
             if room > 0:
@@ -327,7 +308,7 @@ class _Search:
         if run.only_zeros:
             return run.guard
         if run.complete:
-            reach = _KEYS[self.which](jacobi.ritz_values) + jacobi.residual_norms
+            reach = KEYS[self.which](jacobi.ritz_values) + jacobi.residual_norms
             return float(reach.max()) + run.guard
         inverse_mass = inverse_weight(self.operator.shape[0], self._chance(run, allowed))
         ends = []
@@ -356,58 +337,3 @@ class _Search:
             f"fewer than {self.k} pairs reached rtol={self.rtol:g} within {used} products. Raise "
             f"max_matvecs, or rtol."
         )
-
-
-def _power(
-    operator: LinearOperator,
-    locked: _Locked,
-    k: int,
-    which: str,
-    rtol: float,
-    max_matvecs: int,
-    generator: torch.Generator,
-    spent: int,
-) -> tuple[str, str]:
-    """Power iteration, one pair after the other; LA and SA by a shift that makes them dominant."""
-    key = _KEYS[which]
-    size = operator.shape[0]
-    shift = 0.0
-
-    def apply(vector: Tensor) -> Tensor:
-        basis = locked.vectors
-        inside = vector - basis @ (basis.T @ vector)
-        image = operator.matvec(inside).to(torch.float64) + shift * inside
-        return image - basis @ (basis.T @ image)
-
-    projected = FunctionOperator(apply, (size, size), torch.float64, operator.device)
-
-    def left() -> int:
-        used = operator.num_matvecs - spent
-        return max_matvecs - min(k, max_matvecs // 2) - used  # one each for the residuals
-
-    if which != "LM":
-        start = start_for(operator, generator)
-        top = power_iteration(projected, start, max(min(left() // 4, 50), 1), 1e-2)
-        # Any bound of the spectrum will do; a Ritz value plus residual is at hand.
-        bound = 1.1 * abs(top.value) + top.residual_norm
-        shift = bound if which == "LA" else -bound
-    converged = True
-    for _ in range(k):
-        if left() < 1:
-            break
-        start = start_for(operator, generator)
-        start = start - locked.vectors @ (locked.vectors.T @ start)
-        found = power_iteration(projected, start, left(), rtol)
-        converged &= found.converged
-        vector = found.vector - locked.vectors @ (locked.vectors.T @ found.vector)
-        vector = vector / torch.linalg.vector_norm(vector)
-        value, residual = np.array([found.value - shift]), np.array([found.residual_norm])
-        locked.add(vector[:, None], value, residual, key, k)
-    if not converged or len(locked.values) < k:
-        return "not converged", (
-            f"{max_matvecs} products were not enough for {k} pairs at rtol={rtol:g}. Use "
-            f"method='lanczos', which needs far fewer, or raise max_matvecs."
-        )
-    return "not certified", (
-        "residuals reached rtol; power iteration does not prove that no eigenvalue was missed"
-    )
