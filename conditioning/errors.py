@@ -124,7 +124,7 @@ class TrackerActiveError(ConditioningError, RuntimeError):
 
 
 class RankMismatchError(ConditioningError, RuntimeError):
-    """The ranks of a distributed run did not record the same things in a step."""
+    """The ranks of a distributed run did not do the same things, or one of them failed."""
 
 
 class ObjectNotFoundError(ConditioningError, ImportError):

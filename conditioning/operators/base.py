@@ -73,6 +73,14 @@ class LinearOperator:
         """Add up what the processes found on their entries: inner products, squared norms."""
         return partial
 
+    def whole(self, part: Tensor) -> Tensor:
+        """Inverse of ``local_part``: every process gets the whole vector (or block)."""
+        return part
+
+    def agree(self, flag: bool) -> bool:
+        """Whether a process says so: what depends on memory or time is decided alike on all."""
+        return flag
+
     def _matmat(self, vectors: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -104,15 +112,16 @@ class LinearOperator:
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Product with a tensor of shape ``(n,)`` (or a block ``(n, k)``)."""
-        return self._apply(self._matmat, vector, self.shape[1])
+        return self._apply(self._matmat, vector, self.local_size)
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Product with a block of vectors of shape ``(n, k)``."""
-        return self._apply(self._matmat, vectors, self.shape[1])
+        return self._apply(self._matmat, vectors, self.local_size)
 
     def rmatvec(self, vector: Tensor) -> Tensor:
         """Product of the transpose with a tensor of shape ``(m,)`` or ``(m, k)``."""
-        return self._apply(self._rmatmat, vector, self.shape[0])
+        length = self.local_size if self.symmetric else self.shape[0]
+        return self._apply(self._rmatmat, vector, length)
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         return self.matvec(vectors)
@@ -152,7 +161,7 @@ class LinearOperator:
             end = min(begin + step, columns)
             block = torch.zeros(columns, end - begin, dtype=self.dtype, device=self.device)
             block[begin:end].fill_diagonal_(1)
-            matrix[:, begin:end] = self.matmat(block)
+            matrix[:, begin:end] = self.whole(self.matmat(self.local_part(block)))
         return matrix
 
     def _dense_block(self) -> int:

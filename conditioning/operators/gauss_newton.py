@@ -61,6 +61,8 @@ class JacobianGraph:
 class GaussNewtonGraph:
     """The retained graphs of one batch: the outputs by parameters, the loss by outputs."""
 
+    by_parameter = True  # as HessianGraph
+
     def __init__(
         self, outputs: Any, loss_of: Callable[[Any], Tensor], parameters: Sequence[Tensor]
     ) -> None:

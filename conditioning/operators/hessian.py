@@ -14,6 +14,8 @@ from conditioning.operators.losses import LossOperator
 class HessianGraph:
     """The retained graph of one batch's gradient; a product is one backward pass through it."""
 
+    by_parameter = True  # a product's parts come one after the other, as it ends at the parameters
+
     def __init__(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
         gradient = differentiate([loss], parameters, create_graph=True)
@@ -71,6 +73,12 @@ class HessianOperator(LossOperator):
         that the loss averages where that is another one (tokens that are not padding).
     memory_budget : int, optional
         Bytes that kept graphs may hold. Default: a quarter of what is free.
+    process_group : "auto", ProcessGroup or None
+        Ranks whose batches the loss is taken over, so that each has the products of the mean over
+        all samples: ``"auto"`` takes all ranks if the model is wrapped in DDP or sharded; then
+        every rank must multiply the same vectors. ``None`` keeps a rank to itself. With
+        parameters sharded along their first axis (``fully_shard``), vectors are sharded too:
+        ``H @ v`` takes and gives the ``H.local_size`` entries of this rank.
 
     Attributes
     ----------

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from conditioning.distributed import AUTO, group_for
 from conditioning.errors import (
     InvalidArgumentError,
     LargeGraphWarning,
@@ -38,6 +39,13 @@ from conditioning.operators.guards import (
     isolated_randomness,
 )
 from conditioning.operators.modules import find_modules, join_names, named_modules
+from conditioning.operators.parallel import (
+    DataParallel,
+    check_together,
+    refuse_differences,
+    unwrapped,
+    without_reducers,
+)
 from conditioning.operators.parameters import (
     FlatLayout,
     ParameterChoice,
@@ -45,6 +53,9 @@ from conditioning.operators.parameters import (
     warn_of_mixed_dtypes,
 )
 from conditioning.operators.segments import has_segments, segmented
+from conditioning.operators.sharded import LockstepBatches, can_shard, reshard, shards_of
+from conditioning.operators.sharded_checks import check_sharded_operator
+from conditioning.operators.sums import accumulate, wide
 
 _REDUCTIONS = ("mean", "sum")
 # Frames between a user's call and the place in this package that warns.
@@ -79,6 +90,7 @@ class LossOperator(LinearOperator):
         *,
         batch_size_fn: Callable[[Any], float] | None = None,
         memory_budget: int | None = None,
+        process_group: Any = AUTO,
     ) -> None:
         if reduction not in _REDUCTIONS:
             msg = f"reduction should be 'mean' or 'sum', got {reduction!r}."
@@ -99,7 +111,8 @@ class LossOperator(LinearOperator):
             if not callable(function) and not (role == "loss_fn" and function is None):
                 msg = f"{role} should be callable, got {type(function).__name__}."
                 raise InvalidArgumentError(msg)
-        self._model = model
+        together = group_for(process_group, _modules_in(model, params))
+        self._model = model = unwrapped(model)
         self._loss_fn = loss_fn
         self._owners = find_modules(
             model,
@@ -111,31 +124,76 @@ class LossOperator(LinearOperator):
         )
         self._modules = [module for _, module in named_modules(self._owners)]
         is_module = isinstance(model, torch.nn.Module)
-        selected = select_parameters(self._owners, params, closed=is_module)
-        self._parameters = list(selected.values())
+        sharded = can_shard(process_group)
+        if sharded:
+            reshard(self._modules)
+        selected = select_parameters(self._owners, params, closed=is_module, sharded=sharded)
+        self._shards = shards_of(self._modules, selected, process_group) if sharded else None
+        self._parameters = list(selected.values()) if self._shards is None else self._shards.leaves
         self._layout = FlatLayout(list(selected), self._parameters)
         self._owned_then = self._owned_parameters()
-        self._batches = Batches(data, paired=loss_fn is not None, batch_size_fn=batch_size_fn)
         self._reduction = reduction
         self._memory_budget = memory_budget
+        options: dict[str, Any] = {"paired": loss_fn is not None, "batch_size_fn": batch_size_fn}
+        if self._shards is None:
+            self._batches = Batches(data, **options)
+        else:
+            self._batches = LockstepBatches(
+                self._shards.group, data, mean=self._needs_sizes, **options
+            )
         self._engine = BlockEngine()
         # The graphs of all batches; or of some, by their place, where not all of them fit.
         self._kept: list[tuple[LossGraph, float]] | None = None
         self._some: dict[int, _Held] = {}
         self._room = 0.0
         self._keep = self._keep_some = True
-        # Whether graphs hold what enters the blocks only, and whether that may come to be.
+        # Whether graphs hold what enters the blocks only, and whether that may come to be: the
+        # gathering of sharded parameters keeps one order on all ranks, which segments would change.
         self._checkpointed = False
-        self._limited = True
+        self._limited = self._shards is None
         self._bytes_per_size: float | None = None
         self._eps = self._layout.eps
         self._made_at: tuple[Any, ...] = ()
         self._value: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
-        n = self._layout.numel
+        n = self._layout.numel if self._shards is None else self._shards.numel
         super().__init__((n, n), self._layout.dtype, self._layout.device, symmetric=True)
         warn_of_mixed_dtypes(self._layout, stacklevel=_STACKLEVEL)
-        if check:
+        self._parallel: DataParallel | None = None
+        if self._shards is not None:
+            self._engine.choose("loop")
+            refuse_differences(self, self._shards.group)
+            if check:
+                check_sharded_operator(self, stacklevel=_STACKLEVEL)
+        elif together is not None:
+            refuse_differences(self, together)
+            check_together(self, together, check=check, stacklevel=_STACKLEVEL + 1)
+            self._parallel = DataParallel(together, self._layout)
+        elif check:
             checks.check_loss_operator(self, stacklevel=_STACKLEVEL)
+
+    # Vectors of a sharded model are sharded as its parameters are.
+
+    @property
+    def local_size(self) -> int:
+        """Entries of a vector that this process holds: all ``n``, unless the model is sharded."""
+        return self._layout.numel
+
+    def local_part(self, vector: Tensor) -> Tensor:
+        """Of a whole vector ``(n,)`` or block ``(n, k)``, the entries that this process holds."""
+        return vector if self._shards is None else self._shards.local_part(vector)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Inverse of :meth:`local_part`: every process gets the whole vector or block."""
+        return part if self._shards is None else self._shards.whole(part)
+
+    def sum_over_shards(self, partial: Tensor) -> Tensor:
+        """Add up what the processes found on their entries: inner products, squared norms."""
+        return partial if self._shards is None else self._shards.sum(partial)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether a process says so: what depends on memory or time is decided alike on all."""
+        together = self._shards or self._parallel
+        return flag if together is None else together.group.any(flag)
 
     # What a subclass provides.
 
@@ -232,9 +290,14 @@ class LossOperator(LinearOperator):
             buffers or BufferGuard(self._modules),
             watch or contextlib.nullcontext(),
             self._segments(),
+            without_reducers(self._modules),
+            self._shards.gathering() if self._shards else contextlib.nullcontext(),
         ):
             # A model that works in place from its first layer on would change the caller's data.
-            return self._graph(map_tensors(_own, to_device(batch, self.device)))
+            graph = self._graph(map_tensors(_own, to_device(batch, self.device)))
+        if self._shards is not None:  # each rank's loss is its share of the whole
+            graph.loss = self._shards.sum(graph.loss)
+        return graph
 
     def _forward(self, batch: Any) -> tuple[Any, Any]:
         """Return outputs and targets of a batch; the loss and ``None`` without a ``loss_fn``."""
@@ -245,11 +308,12 @@ class LossOperator(LinearOperator):
             return call_with(self._model, inputs), targets
 
     def _loss_of(self, outputs: Any, targets: Any, batch: Any) -> Tensor:
-        if self._loss_fn is None:
-            return scalar_loss(outputs)
-        with checks.translated_forward_errors(batch, self._parameters):
-            loss = self._loss_fn(outputs, targets)
-        return scalar_loss(loss)
+        loss = outputs
+        if self._loss_fn is not None:
+            with checks.translated_forward_errors(batch, self._parameters):
+                loss = self._loss_fn(outputs, targets)
+        share = self._batches.share if isinstance(self._batches, LockstepBatches) else 1.0
+        return scalar_loss(loss) if share == 1.0 else scalar_loss(loss) * share
 
     def _budget(self) -> int:
         if self._memory_budget is not None:
@@ -358,7 +422,7 @@ class LossOperator(LinearOperator):
         for index, batch in enumerate(self._batches):
             count += 1
             held = self._some.get(index)
-            if held is not None and not same_tensors(held.batch, batch):
+            if held is not None and self._alike(not same_tensors(held.batch, batch)):
                 self._some.clear()
                 self._keep = self._keep_some = False
                 held = None
@@ -366,7 +430,7 @@ class LossOperator(LinearOperator):
                 size = self._batches.size(batch) if self._needs_sizes else 1.0
                 needed = self._bytes_of(batch) if self._keep_some else 0.0
                 held = _Held(batch, self._build(batch), size)
-                if self._keep_some and needed <= self._room:
+                if self._keep_some and not self._alike(needed > self._room):
                     self._room -= needed
                     self._some[index] = held
                 else:
@@ -376,6 +440,10 @@ class LossOperator(LinearOperator):
         if len(self._some) == count:
             self._kept = [(held.graph, held.size) for held in self._some.values()]
             self._some.clear()
+
+    def _alike(self, flag: bool) -> bool:
+        """Gathering sharded parameters takes all ranks: each has to build the same graphs."""
+        return flag if self._shards is None else self.agree(flag)
 
     def _bytes_of(self, batch: Any) -> float:
         """About what the graph of a batch takes; nothing for one batch alone, always kept."""
@@ -391,27 +459,8 @@ class LossOperator(LinearOperator):
         quantity: Callable[[LossGraph], list[Tensor]],
     ) -> list[Tensor]:
         """Reduce quantities of the batches' graphs over all batches."""
-        totals: list[Tensor] = []
-        total_size, count = 0.0, 0
-        for graph, size in graphs:
-            terms = quantity(graph)
-            if count == 0:
-                totals, total_size = terms, size
-            else:
-                if count == 1:
-                    # One batch alone is not rounded by a weight; sums of half precision are
-                    # taken in single precision.
-                    totals = [t.to(_wide(t.dtype)) * total_size for t in totals]
-                totals = [
-                    t.add_(term.to(t.dtype), alpha=size)
-                    for t, term in zip(totals, terms, strict=True)
-                ]
-                total_size += size
-            count += 1
-            del graph  # before the next one is built: two may not fit
-        if count > 1 and self._needs_sizes:
-            totals = [t / total_size for t in totals]
-        return totals
+        totals, size, count = accumulate(graphs, quantity)
+        return [t / size for t in totals] if count > 1 and self._needs_sizes else totals
 
     def _over_batches(self, quantity: Callable[[LossGraph], list[Tensor]]) -> list[Tensor]:
         kept = self._fresh_graphs()
@@ -420,10 +469,26 @@ class LossOperator(LinearOperator):
         with isolated_randomness(self._batches.generators()):
             return self._average(self._stream(), quantity)
 
+    def _sums(self, quantity: Callable[[LossGraph], list[Tensor]]) -> tuple[list[Tensor], float]:
+        """Quantities summed over this process's batches, times their sizes, and the sizes' sum."""
+        kept = self._fresh_graphs()
+        with contextlib.ExitStack() as stack:
+            if kept is None:
+                stack.enter_context(isolated_randomness(self._batches.generators()))
+            sums, size, count = accumulate(kept or self._stream(), quantity)
+        if count == 1 and self._needs_sizes:
+            sums = [t.to(wide(t.dtype)) * size for t in sums]
+        return sums, size
+
     def _evaluate(self) -> tuple[Tensor, Tensor]:
         """Loss and flat gradient over all batches."""
         if self._value is None or self._value[0] != self._marks():
-            loss, gradient = self._over_batches(self._loss_and_gradient)
+            if self._parallel is not None:
+                loss, gradient = self._parallel.loss_and_gradient(self)
+            else:
+                if self._shards is not None:
+                    self._shards.confirm("gradient", self._layout.names)
+                loss, gradient = self._over_batches(self._loss_and_gradient)
             self._value = (self._marks(), loss, gradient.to(self.dtype))
         return self._value[1], self._value[2]
 
@@ -435,8 +500,12 @@ class LossOperator(LinearOperator):
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         block = vectors.T.contiguous()
+        if self._shards is not None:
+            self._shards.confirm("product", len(block), self._layout.names)
         if len(block) > 1:
             self._size_up()
+        if self._parallel is not None:
+            return self._parallel.product(self, block).to(self.dtype).T
         (result,) = self._over_batches(lambda graph: [self._rows(graph, block)])
         return result.to(self.dtype).T
 
@@ -452,12 +521,12 @@ class LossOperator(LinearOperator):
         return max(64, self._engine.chunk) if self._keep else 256
 
 
+def _modules_in(*things: Any) -> list[torch.nn.Module]:
+    return [thing for thing in things if isinstance(thing, torch.nn.Module)]
+
+
 def _own(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_floating_point() else tensor
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def scalar_loss(loss: Any) -> Tensor:

@@ -141,7 +141,11 @@ class FlatLayout:
 
 
 def select_parameters(
-    owners: Mapping[str, nn.Module], params: ParameterChoice, *, closed: bool = True
+    owners: Mapping[str, nn.Module],
+    params: ParameterChoice,
+    *,
+    closed: bool = True,
+    sharded: bool = False,
 ) -> dict[str, Tensor]:
     """Select the parameters that an operator acts on, by name, in ``named_parameters`` order.
 
@@ -154,6 +158,8 @@ def select_parameters(
     closed : bool
         Whether a parameter that no owner has is an error. It is not one for a
         plain function, whose modules can be found only in part.
+    sharded : bool
+        Whether parameters that are sharded over ranks will do.
 
     Raises
     ------
@@ -179,7 +185,7 @@ def select_parameters(
         if id(parameter) not in ordered and any(parameter is c for c in chosen.values()):
             ordered[id(parameter)] = (name, parameter)
     selected = dict(ordered.values())
-    _validate(selected)
+    _validate(selected, sharded=sharded)
     return selected
 
 
@@ -285,9 +291,9 @@ def _refuse_frozen(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
     return chosen
 
 
-def _validate(selected: dict[str, Tensor]) -> None:
+def _validate(selected: dict[str, Tensor], *, sharded: bool) -> None:
     for name, parameter in selected.items():
-        fault = _fault(parameter)
+        fault = _fault(parameter, sharded=sharded)
         if fault:
             msg = f"Parameter {name!r} {fault}. Leave it out with params=."
             raise UnsupportedParameterError(msg)
@@ -312,11 +318,11 @@ def warn_of_mixed_dtypes(layout: FlatLayout, stacklevel: int) -> None:
         warnings.warn(msg, MixedDtypeWarning, stacklevel=stacklevel)
 
 
-def _fault(parameter: Tensor) -> str | None:
+def _fault(parameter: Tensor, *, sharded: bool) -> str | None:
     """Say what makes a parameter unusable, or ``None``."""
     if isinstance(parameter, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         return "is not initialised yet (lazy module): run the model once on a batch"
-    if hasattr(parameter, "placements"):
+    if hasattr(parameter, "placements") and not sharded:
         return "is sharded over devices (DTensor), and products would need collectives"
     if parameter.layout != torch.strided:
         return f"is sparse ({parameter.layout})"

@@ -1,0 +1,478 @@
+"""Products for models whose parameters are sharded over ranks: FSDP2, or ``distribute_tensor``.
+
+Every rank holds a stretch of each parameter's entries, and the same stretches of every vector. A
+weight is gathered where the model reads it and freed after the operation; the backward pass of
+gathering is to add up and scatter, whose backward pass is to gather, so a second derivative needs
+nothing else. What autograd would keep of a gathered weight is kept as a recipe: it is gathered
+again where a backward pass reads it.
+
+All ranks gather in the same order, as they run the same model: forward passes by its program,
+backward passes because autograd's order depends on the graph only. Nothing here may depend on when
+an object is collected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from conditioning.distributed import LOCAL, Group, digest
+from conditioning.errors import (
+    InvalidArgumentError,
+    ParameterSelectionError,
+    RankMismatchError,
+    UnsupportedParameterError,
+)
+from conditioning.operators.batches import Batches
+from conditioning.operators.modules import join_names
+
+
+def can_shard(process_group: Any) -> bool:
+    """Whether sharded parameters can be gathered: there are ranks, and they work together."""
+    return dist.is_available() and dist.is_initialized() and process_group is not LOCAL
+
+
+class Stretch:
+    """Where the entries of one parameter lie: each rank has equally many in a row, or the rest.
+
+    Parameters
+    ----------
+    group : Group
+    tensor : Tensor
+        A DTensor that is sharded along its first axis; or one that every rank has whole, of which
+        each takes a stretch of its own.
+
+    Attributes
+    ----------
+    leaf : Tensor
+        This rank's entries, sharing memory with the parameter; what is differentiated by.
+    shape : tuple of int
+        Of the whole parameter.
+    begin, end : int
+        The entries of this rank, counted in the flat parameter.
+    """
+
+    def __init__(self, group: Group, tensor: Tensor) -> None:
+        self._group = group
+        self.shape = tuple(tensor.shape)
+        self.numel = tensor.numel()
+        placements = getattr(tensor, "placements", ())
+        local = _local(tensor).detach()
+        if placements and placements[0].is_shard():
+            rows = -(-self.shape[0] // group.size)
+            self._length = rows * (self.numel // max(self.shape[0], 1))
+        else:
+            self._length = -(-self.numel // group.size)
+        self.begin = min(group.rank * self._length, self.numel)
+        self.end = min(self.begin + self._length, self.numel)
+        if not (placements and placements[0].is_shard()):
+            local = local.reshape(-1)[self.begin : self.end]
+        self.leaf = local.requires_grad_() if tensor.requires_grad else local
+
+    def gather(self, local: Tensor) -> Tensor:
+        """Put the stretches of all ranks together."""
+        whole = self._group.all_gather(_padded(local.reshape(-1), self._length))
+        return whole[: self.numel].view(self.shape)
+
+    def scatter(self, whole: Tensor) -> Tensor:
+        """Add up over the ranks, and take this rank's stretch."""
+        padded = _padded(whole.reshape(-1), self._length * self._group.size)
+        local = self._group.reduce_scatter(padded)
+        return local[: self.end - self.begin].view(self.leaf.shape)
+
+
+def _padded(flat: Tensor, length: int) -> Tensor:
+    return flat if len(flat) == length else torch.cat([flat, flat.new_zeros(length - len(flat))])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, stretch: Stretch) -> Tensor:
+        ctx.stretch = stretch
+        return stretch.gather(local)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _Scatter.apply(gradients[0], ctx.stretch), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, stretch: Stretch) -> Tensor:
+        ctx.stretch = stretch
+        return stretch.scatter(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _Gather.apply(gradients[0], ctx.stretch), None
+
+
+class _Recipe(NamedTuple):
+    """A view of a gathered weight, to be made again."""
+
+    stretch: Stretch
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Gathering(dict[str, Any]):
+    """A module's parameters, of which those that are sharded are gathered when they are read."""
+
+    def __init__(self, own: Mapping[str, Any], read: Callable[[Any], Any]) -> None:
+        super().__init__(own)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Any:
+        return self._read(super().__getitem__(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401 -- that would be this
+
+    def items(self) -> Any:
+        return ((name, self[name]) for name in self)
+
+    def values(self) -> Any:
+        return (self[name] for name in self)
+
+
+class Shards:
+    """The sharded parameters of a model, and how they are gathered while it runs.
+
+    Parameters
+    ----------
+    modules : sequence of Module
+        Those that the loss uses.
+    selected : mapping of str to Tensor
+        What to differentiate by, as the model has it.
+    group : Group
+
+    Attributes
+    ----------
+    leaves : list of Tensor
+        This rank's entries of each selected parameter.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Module], selected: Mapping[str, Tensor], group: Group
+    ) -> None:
+        self.group = group
+        self._modules = modules
+        owned = [p for m in modules for p in m._parameters.values() if p is not None]
+        chosen = {id(p) for p in selected.values()}
+        # By identity, and the parameters themselves, so that no other takes their place.
+        self._stretches: dict[int, tuple[Tensor, Stretch]] = {
+            id(p): (p, Stretch(group, p))
+            for p in (*selected.values(), *owned)
+            if id(p) in chosen or hasattr(p, "placements")
+        }
+        for key, (_, stretch) in self._stretches.items():
+            if key not in chosen:
+                stretch.leaf = stretch.leaf.detach()
+        self._selected = [self._stretches[id(p)][1] for p in selected.values()]
+        self.leaves = [stretch.leaf for stretch in self._selected]
+        self._sizes = [stretch.numel for stretch in self._selected]
+        self.numel = sum(self._sizes)
+        counts = [sum(p is q for q in owned) for p in owned]
+        self._tied = {id(p) for p, count in zip(owned, counts, strict=True) if count > 1}
+        self._held: dict[int, Tensor] = {}
+        self._known: dict[int, tuple[StorageWeakRef, Stretch]] = {}
+
+    # -- vectors ----------------------------------------------------------------------------
+
+    def local_part(self, vector: Tensor) -> Tensor:
+        """``(n,)`` or ``(n, k)`` to this rank's entries."""
+        parts = vector.split(self._sizes)
+        return torch.cat([p[s.begin : s.end] for p, s in zip(parts, self._selected, strict=True)])
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Inverse of :meth:`local_part`, on every rank."""
+        tail = part.shape[1:]
+        pieces = part.split([s.end - s.begin for s in self._selected])
+        columns = [
+            torch.stack([s.gather(c).reshape(-1) for c in piece.reshape(len(piece), -1).T])
+            for piece, s in zip(pieces, self._selected, strict=True)
+        ]
+        return torch.cat(columns, dim=1).T.reshape(self.numel, *tail)
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """Add up what the ranks found on their entries."""
+        return self.group.start_sum(partial.clone())()
+
+    def confirm(self, *label: Any) -> None:
+        """See that all ranks are about to do the same.
+
+        Raises
+        ------
+        RankMismatchError
+            On every rank, if they are not.
+        """
+        if not self.group.start_comparison(digest(label))():
+            msg = (
+                "The ranks do not do the same: each has to multiply equally many vectors with one "
+                "operator, in one order, whatever its own part of the data."
+            )
+            raise RankMismatchError(msg)
+
+    # -- weights ----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Gather weights where the model reads them, and keep none for the backward passes."""
+        reshard(self._modules)
+        self._refuse_moved()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._held.clear)
+            stack.enter_context(_fsdp_aside(self._modules))
+            for module in self._modules:
+                own = module._parameters
+                if any(id(p) in self._stretches for p in own.values()):
+                    vars(module)["_parameters"] = _Gathering(own, self._read)
+                    stack.callback(vars(module).__setitem__, "_parameters", own)
+                    if isinstance(module, nn.RNNBase):  # keeps a list of its own
+                        flat = module._flat_weights
+                        stack.callback(vars(module).__setitem__, "_flat_weights", flat)
+                        names = module._flat_weights_names
+                        vars(module)["_flat_weights"] = [getattr(module, n) for n in names]
+            outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+            pack, unpack = outer or (torch.Tensor.detach, lambda kept: kept)
+            stack.enter_context(
+                torch.autograd.graph.saved_tensors_hooks(
+                    lambda tensor: self._recipe(tensor) or pack(tensor),
+                    lambda kept: self._cook(kept) if isinstance(kept, _Recipe) else unpack(kept),
+                )
+            )
+            yield
+
+    def _read(self, parameter: Any) -> Any:
+        if id(parameter) not in self._stretches:
+            return parameter
+        if id(parameter) in self._held:
+            return self._held[id(parameter)]
+        _, stretch = self._stretches[id(parameter)]
+        whole = _Gather.apply(stretch.leaf, stretch)
+        self._note(whole, stretch)
+        if id(parameter) in self._tied:  # one tensor under both names, as in the model
+            self._held[id(parameter)] = whole
+        return whole
+
+    def _note(self, whole: Tensor, stretch: Stretch) -> None:
+        storage = whole.untyped_storage()
+        self._known[storage.data_ptr()] = (StorageWeakRef(storage), stretch)
+
+    def _recipe(self, tensor: Tensor) -> _Recipe | None:
+        if tensor.layout != torch.strided:
+            return None
+        address = tensor.untyped_storage().data_ptr()
+        weak, stretch = self._known.get(address, (None, None))
+        if weak is None or stretch is None:
+            return None
+        if weak.expired():  # another tensor has the memory now
+            del self._known[address]
+            return None
+        return _Recipe(stretch, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+
+    def _cook(self, recipe: _Recipe) -> Tensor:
+        with torch.no_grad():
+            whole = recipe.stretch.gather(recipe.stretch.leaf.detach())
+            self._note(whole, recipe.stretch)
+            return whole.as_strided(recipe.size, recipe.stride, recipe.offset)
+
+    def _refuse_moved(self) -> None:
+        owned = {id(p) for m in self._modules for p in m._parameters.values()}
+        for key, (parameter, stretch) in self._stretches.items():
+            local, leaf = _local(parameter), stretch.leaf
+            same = local.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
+            if key not in owned or not same or local.dtype != leaf.dtype:
+                msg = (
+                    f"A parameter of shape {stretch.shape} was replaced or moved since this "
+                    f"operator was made. Make a new operator."
+                )
+                raise ParameterSelectionError(msg)
+
+
+# -- FSDP2 ----------------------------------------------------------------------------------------
+
+
+def _fsdp_states(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    if not dist.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            yield module._get_fsdp_state()
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Let FSDP2 modules free what a forward pass without a backward pass left gathered."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextlib.contextmanager
+def _fsdp_aside(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Take the hooks of FSDP2 off the modules: its gathering cannot be differentiated twice."""
+    states = {id(state) for state in _fsdp_states(modules)}
+    saved = []
+    for module in modules:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            ours = [k for k, hook in hooks.items() if id(getattr(hook, "__self__", None)) in states]
+            if ours:
+                saved.append((hooks, list(hooks.items())))
+                for key in ours:
+                    del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, items in saved:
+            hooks.clear()
+            hooks.update(items)
+
+
+def shards_of(
+    modules: Sequence[nn.Module], selected: Mapping[str, Tensor], process_group: Any
+) -> Shards | None:
+    """Find out how a model is sharded; ``None`` if it is not.
+
+    Raises
+    ------
+    UnsupportedParameterError
+        If a parameter is sharded in another way than along its first axis over one group of
+        ranks, or FSDP2 computes in another precision than that of the parameters, or offloads.
+    InvalidArgumentError
+        If ``process_group`` is another group than that of the shards.
+    """
+    named = dict(selected)
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not any(parameter is p for p in named.values()):
+                named[f"{type(module).__name__}.{name}"] = parameter
+    sharded = {name: p for name, p in named.items() if hasattr(p, "placements")}
+    if not sharded:
+        return None
+    refused = [f"{name} {tuple(p.placements)}" for name, p in sharded.items() if not _fits(p)]
+    if refused:
+        msg = (
+            f"Sharded in a way that is not supported: {join_names(refused, limit=3)}. Supported "
+            f"are Shard(0) and Replicate() on a mesh of one axis, as fully_shard(model) makes "
+            f"them; neither hybrid sharding nor tensor parallelism."
+        )
+        raise UnsupportedParameterError(msg)
+    meshes: list[Any] = [p.device_mesh for p in cast("dict[str, Any]", sharded).values()]
+    groups = [mesh.get_group() for mesh in meshes]
+    ranks = {tuple(dist.get_process_group_ranks(group)) for group in groups}
+    if len(ranks) > 1:
+        msg = (
+            f"The parameters are sharded over several groups of ranks: {sorted(ranks)}. Use one "
+            f"device mesh for the whole model."
+        )
+        raise UnsupportedParameterError(msg)
+    for state in _fsdp_states(modules):
+        _refuse_policies(state)
+    group = groups[0]
+    given = not isinstance(process_group, str)
+    if given and tuple(dist.get_process_group_ranks(process_group)) not in ranks:
+        msg = "process_group has other ranks than the mesh of the shards. Leave it at 'auto'."
+        raise InvalidArgumentError(msg)
+    return Shards(modules, selected, Group(group))
+
+
+def _fits(parameter: Any) -> bool:
+    from torch.distributed.tensor import Replicate, Shard
+
+    if parameter.device_mesh.ndim != 1:
+        return False
+    (placement,) = parameter.placements
+    # Exactly these classes: strided shards derive from Shard and lie otherwise.
+    return type(placement) is Replicate or (type(placement) is Shard and placement.dim == 0)
+
+
+def _refuse_policies(state: Any) -> None:
+    policy = state._mp_policy
+    if any((policy.param_dtype, policy.reduce_dtype, policy.output_dtype)):
+        msg = (
+            f"FSDP's mixed precision ({policy}) is not applied here: products are those of the "
+            f"parameters' own dtype. Shard the model without mp_policy for the analysis."
+        )
+        raise UnsupportedParameterError(msg)
+    group = state._fsdp_param_group
+    if group is not None and getattr(group.offload_policy, "pin_memory", None) is not None:
+        msg = (
+            "FSDP's CPU offloading is not supported here. Shard the model without offload_policy "
+            "for the analysis."
+        )
+        raise UnsupportedParameterError(msg)
+
+
+# -- data -----------------------------------------------------------------------------------------
+
+
+class LockstepBatches(Batches):
+    """Batches of every rank side by side: one step takes one of each.
+
+    A rank that has no more takes part with its last one, which counts nothing.
+
+    Attributes
+    ----------
+    share : float
+        By what this rank's loss counts in the step that was last begun.
+    """
+
+    def __init__(self, group: Group, data: Any, *, mean: bool, **options: Any) -> None:
+        # Data that is no data on one rank must not leave the others waiting.
+        error = None
+        try:
+            super().__init__(data, **options)
+        except Exception as found:
+            error = found
+        group.raise_together(error)
+        self._group = group
+        self._mean = mean
+        self.share = 1.0
+        self._size = 1.0
+        # What several steps take is decided by all: one rank with one batch may have to wait.
+        self.single = not group.any(not self.single)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Go through the steps once; each rank gets its own batch."""
+        own = super().__iter__()
+        batch: Any = None
+        size, has = 0.0, 1.0
+        while True:
+            error = None
+            try:
+                following = next(own, None) if has else None
+                has = float(following is not None)
+                batch = following if has else batch
+                size = has * (super().size(batch) if self._mean else 1.0)
+            except Exception as found:
+                error = found
+            if error is not None:
+                self._group.sums([0.0, 0.0, 1.0])
+                self._group.raise_together(error)
+            total, more, failed = self._group.sums([size, has, 0.0])
+            if failed:
+                self._group.raise_together(None)
+            if not more:
+                return
+            self._size = total if self._mean else 1.0
+            self.share = size / total if self._mean else has
+            yield batch
+
+    def size(self, batch: Any) -> float:  # noqa: ARG002 -- of the step, whatever this rank has
+        """How much the step that was last begun counts: its samples on all ranks."""
+        return self._size
