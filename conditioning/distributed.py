@@ -127,6 +127,10 @@ class Group:
         dist.all_reduce(total, group=self.group)
         return total.tolist()
 
+    def gather(self, value: float) -> list[float]:
+        """Give every rank the numbers of all."""
+        return self.sums([value if rank == self.rank else 0.0 for rank in range(self.size)])
+
     def any(self, flag: bool) -> bool:
         """Whether a rank says so: what depends on memory or time is decided alike on all."""
         return self.sums([float(flag)])[0] > 0

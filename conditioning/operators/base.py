@@ -172,6 +172,12 @@ class LinearOperator:
         """The same map for ``scipy.sparse.linalg``: NumPy arrays in, NumPy arrays out."""
         from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator  # slow to import
 
+        if self.local_size != self.shape[1]:
+            msg = (
+                "The vectors of this operator are sharded over ranks, and SciPy's methods know "
+                "nothing of that. Use eigenvalues() or condition_number()."
+            )
+            raise ShapeError(msg)
         numpy_dtype = np.float32 if self.dtype.itemsize <= 4 else np.float64
 
         def wrap(product: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:

@@ -160,7 +160,7 @@ class LossOperator(LinearOperator):
         warn_of_mixed_dtypes(self._layout, stacklevel=_STACKLEVEL)
         self._parallel: DataParallel | None = None
         if self._shards is not None:
-            self._engine.choose("loop")
+            self._engine.choose("batched")
             refuse_differences(self, self._shards.group)
             if check:
                 check_sharded_operator(self, stacklevel=_STACKLEVEL)
@@ -229,6 +229,9 @@ class LossOperator(LinearOperator):
 
     @block_engine.setter
     def block_engine(self, choice: str) -> None:
+        if choice == "undecided" and self._shards is not None:
+            msg = "Timing may decide otherwise on other ranks: set 'loop' or 'batched'."
+            raise InvalidArgumentError(msg)
         self._engine.choose(choice)
 
     def gradient(self) -> Tensor:
@@ -343,7 +346,10 @@ class LossOperator(LinearOperator):
             graph = self._build(batch, watch=watch, buffers=buffers)
         self._bytes_per_size = counter.total / self._batches.size_or(batch, 1.0)
         self._eps = max(self._eps, counter.eps)
-        self._engine.limit(counter.total, self.shape[0] * self.dtype.itemsize, self._budget())
+        held, budget = counter.total, self._budget()
+        if self._shards is not None:  # chunks of a block have to be the same on all ranks
+            held, budget = self._shards.largest(held), -self._shards.largest(-budget)
+        self._engine.limit(held, self.shape[0] * self.dtype.itemsize, budget)
         return graph
 
     def _segments(self) -> contextlib.AbstractContextManager[None]:
@@ -501,7 +507,7 @@ class LossOperator(LinearOperator):
     def _matmat(self, vectors: Tensor) -> Tensor:
         block = vectors.T.contiguous()
         if self._shards is not None:
-            self._shards.confirm("product", len(block), self._layout.names)
+            self._shards.confirm("product", len(block), self.block_engine, self._layout.names)
         if len(block) > 1:
             self._size_up()
         if self._parallel is not None:

@@ -163,7 +163,8 @@ class DataParallel:
             raise
         except Exception:
             # The others wait for this rank's pieces: they get zeros, and word of the failure.
-            reduction.finish(lengths, 0.0, like, failed=True)
+            with contextlib.suppress(Exception):  # of the network: this rank's own error says more
+                reduction.finish(lengths, 0.0, like, failed=True)
             raise
         return reduction.finish(lengths, weight, like, failed=False)
 

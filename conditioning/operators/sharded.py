@@ -77,18 +77,31 @@ class Stretch:
 
     def gather(self, local: Tensor) -> Tensor:
         """Put the stretches of all ranks together."""
-        whole = self._group.all_gather(_padded(local.reshape(-1), self._length))
-        return whole[: self.numel].view(self.shape)
+        return self.gather_rows(local.reshape(-1)).view(self.shape)
+
+    def gather_rows(self, local: Tensor) -> Tensor:
+        """As ``gather``, for entries of flat vectors: ``(m, ...)`` to ``(numel, ...)``."""
+        tail = local.shape[1:]
+        whole = self._group.all_gather(_padded(local, self._length).view(-1))
+        return whole.view(-1, *tail)[: self.numel]
 
     def scatter(self, whole: Tensor) -> Tensor:
         """Add up over the ranks, and take this rank's stretch."""
-        padded = _padded(whole.reshape(-1), self._length * self._group.size)
-        local = self._group.reduce_scatter(padded)
-        return local[: self.end - self.begin].view(self.leaf.shape)
+        return self.scatter_rows(whole.reshape(-1)).view(self.leaf.shape)
+
+    def scatter_rows(self, whole: Tensor) -> Tensor:
+        """As ``scatter``, for entries of flat vectors: ``(numel, ...)`` to ``(m, ...)``."""
+        tail = whole.shape[1:]
+        padded = _padded(whole, self._length * self._group.size)
+        local = self._group.reduce_scatter(padded.view(-1))
+        return local.view(-1, *tail)[: self.end - self.begin]
 
 
-def _padded(flat: Tensor, length: int) -> Tensor:
-    return flat if len(flat) == length else torch.cat([flat, flat.new_zeros(length - len(flat))])
+def _padded(rows: Tensor, length: int) -> Tensor:
+    missing = length - len(rows)
+    if missing:
+        rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+    return rows.contiguous()
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -96,25 +109,48 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
+    """This rank's entries to the whole tensor; one vector, or a block of them under vmap."""
+
     @staticmethod
-    def forward(ctx: Any, local: Tensor, stretch: Stretch) -> Tensor:
-        ctx.stretch = stretch
+    def forward(local: Tensor, stretch: Stretch) -> Tensor:
         return stretch.gather(local)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        ctx.stretch = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return _Scatter.apply(gradients[0], ctx.stretch), None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, local: Tensor, stretch: Stretch) -> Any:
+        block = local.movedim(in_dims[0], -1)
+        rows = stretch.gather_rows(block.reshape(stretch.leaf.numel(), info.batch_size))
+        return rows.view(*stretch.shape, info.batch_size), len(stretch.shape)
+
 
 class _Scatter(torch.autograd.Function):
+    """Sum over the ranks, and of the sum this rank's entries."""
+
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, stretch: Stretch) -> Tensor:
-        ctx.stretch = stretch
+    def forward(whole: Tensor, stretch: Stretch) -> Tensor:
         return stretch.scatter(whole)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        ctx.stretch = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return _Gather.apply(gradients[0], ctx.stretch), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, whole: Tensor, stretch: Stretch) -> Any:
+        block = whole.movedim(in_dims[0], -1)
+        rows = stretch.scatter_rows(block.reshape(stretch.numel, info.batch_size))
+        local = rows.reshape(*stretch.leaf.shape, info.batch_size)
+        return local, local.ndim - 1
 
 
 class _Recipe(NamedTuple):
@@ -197,17 +233,18 @@ class Shards:
 
     def whole(self, part: Tensor) -> Tensor:
         """Inverse of :meth:`local_part`, on every rank."""
-        tail = part.shape[1:]
         pieces = part.split([s.end - s.begin for s in self._selected])
-        columns = [
-            torch.stack([s.gather(c).reshape(-1) for c in piece.reshape(len(piece), -1).T])
-            for piece, s in zip(pieces, self._selected, strict=True)
-        ]
-        return torch.cat(columns, dim=1).T.reshape(self.numel, *tail)
+        return torch.cat(
+            [s.gather_rows(piece) for piece, s in zip(pieces, self._selected, strict=True)]
+        )
 
     def sum(self, partial: Tensor) -> Tensor:
         """Add up what the ranks found on their entries."""
         return self.group.start_sum(partial.clone())()
+
+    def largest(self, value: float) -> int:
+        """The largest of the ranks' values."""
+        return int(max(self.group.gather(value)))
 
     def confirm(self, *label: Any) -> None:
         """See that all ranks are about to do the same.
