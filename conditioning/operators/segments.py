@@ -56,8 +56,6 @@ class _Run:
     def again(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Leaves in the place of what entered, then the parameters; and the outputs' tensors."""
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors[: self._count]]
-        # A first layer that works in place may not touch a leaf.
-        copies = iter([t.clone() if t.requires_grad else t for t in leaves])
         enabled, dtype = self._autocast
         with (
             differentiable(self._modules, self._device),
@@ -68,6 +66,8 @@ class _Run:
             self._random.restore()
             for module, name, buffer in self._buffers:
                 module._buffers[name] = buffer.clone()
+            # Copies, because a first layer that works in place may touch neither leaves nor data.
+            copies = iter([t.clone() if t.is_floating_point() else t for t in leaves])
             args, kwargs = map_tensors(lambda _: next(copies), self._frame)
             result = self._function(*args, **kwargs)
         outputs = tensors_in(result)
@@ -164,12 +164,12 @@ def _holds_blocks(module: nn.Module) -> bool:
 
 
 def _pieces(chain: nn.Sequential) -> list[list[nn.Module]]:
-    """Neighbours that go together, the square root of their number.
+    """Neighbours that go together: more of them the longer the chain.
 
-    So what is kept at the cuts and what is built between two of them are about equally large.
-    Lists of blocks stay apart.
+    A cut keeps two tensors, one layer in between takes about two and one block about eight: with
+    ``s`` of ``n`` together the sum is least at about the square root of ``n``, and at half of it.
     """
-    step = max(1, round(len(chain) ** 0.5))
+    step = max(1, round(len(chain) ** 0.5 / (2 if _holds_blocks(chain) else 1)))
     pieces: list[list[nn.Module]] = []
     for child in chain:
         if (
