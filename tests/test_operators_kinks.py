@@ -80,3 +80,15 @@ def test_ordinary_networks_sit_on_no_kink(dtype):
         with warnings.catch_warnings():
             warnings.simplefilter("error", errors.NonsmoothPointWarning)
             HessianOperator(model.to(dtype), MSE, (inputs.to(dtype), torch.randn(20, 3).to(dtype)))
+
+
+def test_data_is_not_touched_by_a_model_that_works_in_place():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[1].bias)
+    inputs, targets = torch.randn(5, 3), torch.randn(5, 2)
+    before = inputs.clone()
+    with pytest.warns(errors.NonsmoothPointWarning):
+        HessianOperator(model, nn.MSELoss(), (inputs, targets))
+    assert torch.equal(inputs, before)

@@ -18,6 +18,7 @@ from conditioning.errors import (
     BatchFormatError,
     BatchNormTrainingError,
     DoubleBackwardError,
+    LargeGraphWarning,
     LossWithoutGraphError,
     MixedDevicesError,
     MixedDtypesError,
@@ -26,7 +27,8 @@ from conditioning.errors import (
     RandomForwardError,
     UnusedParameterWarning,
 )
-from conditioning.operators.batches import tensors_in, to_device
+from conditioning.memory import format_bytes
+from conditioning.operators.batches import tensors_in
 from conditioning.operators.graphs import differentiate
 from conditioning.operators.guards import (
     BufferGuard,
@@ -168,8 +170,9 @@ def check_loss_operator(operator: LossOperator, stacklevel: int) -> None:
             )
             raise LossWithoutGraphError(msg)
         if operator._checkpointed and not _segments_are_right(operator, head):
-            operator.warn_of_large_graph("its gradient comes out different then")
-            check_loss_operator(operator, stacklevel)
+            operator._checkpointed = False
+            operator._whole_because = "its gradient comes out different then"
+            check_loss_operator(operator, stacklevel + 1)
             return
         state.reseed()
         second = _evaluate(operator, second_graphs(), used, None)
@@ -181,6 +184,14 @@ def check_loss_operator(operator: LossOperator, stacklevel: int) -> None:
             _check_differences(operator, head, first.custom)
         if kinks:
             warnings.warn(f"{kinks} {_OFF_THE_KINK}", NonsmoothPointWarning, stacklevel=stacklevel)
+    if operator._whole_because:
+        msg = (
+            f"The gradient's graph of a batch holds more than it should "
+            f"({format_bytes(operator._budget())} are for graphs), and the model cannot be run "
+            f"again block by block instead: {operator._whole_because}. It is built as it is. With "
+            f"smaller batches (a list of them) one graph is built at a time."
+        )
+        warnings.warn(msg, LargeGraphWarning, stacklevel=stacklevel)
     operator._value = (operator._marks(), first.loss, first.gradient.to(layout.dtype))
     unused = [name for name, is_used in zip(layout.names, used, strict=True) if not is_used]
     if unused:
@@ -334,7 +345,7 @@ def _check_repetition(
 def _segments_are_right(operator: LossOperator, head: FirstBatch) -> bool:
     """Whether a model that runs block by block has the same gradient: tensors may slip in."""
     with differentiable(operator._modules, operator.device), BufferGuard(operator._modules):
-        ready = to_device(head.batch, operator.device)
+        ready = operator._ready(head.batch)
         outputs, targets = operator._forward(ready)
         loss = operator._loss_of(outputs, targets, ready)
         plain = operator._layout.join(differentiate([loss], operator._parameters))
@@ -460,7 +471,7 @@ def _find_kinks(operator: LossOperator, batch: Any, before: KinkRecorder) -> str
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # of the moved storage of recurrent weights
-        ready = to_device(batch, operator.device)
+        ready = operator._ready(batch)
         with after:
             outputs, targets = operator._forward(ready)
             operator._loss_of(outputs, targets, ready)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,12 +12,11 @@ from torch import Tensor
 from conditioning.distributed import AUTO, group_for
 from conditioning.errors import (
     InvalidArgumentError,
-    LargeGraphWarning,
     LossWithoutGraphError,
     NonScalarLossError,
     ParameterSelectionError,
 )
-from conditioning.memory import available_bytes, format_bytes
+from conditioning.memory import available_bytes
 from conditioning.operators import checks
 from conditioning.operators.base import LinearOperator
 from conditioning.operators.batches import (
@@ -147,10 +145,9 @@ class LossOperator(LinearOperator):
         self._some: dict[int, _Held] = {}
         self._room = 0.0
         self._keep = self._keep_some = True
-        # Whether graphs hold what enters the blocks only, and whether that may come to be: the
-        # gathering of sharded parameters keeps one order on all ranks, which segments would change.
+        # Whether graphs hold only what enters the blocks, or why they cannot where they should.
         self._checkpointed = False
-        self._limited = self._shards is None
+        self._whole_because = ""
         self._bytes_per_size: float | None = None
         self._eps = self._layout.eps
         self._made_at: tuple[Any, ...] = ()
@@ -296,11 +293,14 @@ class LossOperator(LinearOperator):
             without_reducers(self._modules),
             self._shards.gathering() if self._shards else contextlib.nullcontext(),
         ):
-            # A model that works in place from its first layer on would change the caller's data.
-            graph = self._graph(map_tensors(_own, to_device(batch, self.device)))
+            graph = self._graph(self._ready(batch))
         if self._shards is not None:  # each rank's loss is its share of the whole
             graph.loss = self._shards.sum(graph.loss)
         return graph
+
+    def _ready(self, batch: Any) -> Any:
+        """On the device, and not the caller's: some models work in place from the first layer."""
+        return map_tensors(_own, to_device(batch, self.device))
 
     def _forward(self, batch: Any) -> tuple[Any, Any]:
         """Return outputs and targets of a batch; the loss and ``None`` without a ``loss_fn``."""
@@ -341,7 +341,7 @@ class LossOperator(LinearOperator):
         except GraphTooLarge:
             self._checkpointed = has_segments(self._owners.values())
             if not self._checkpointed:
-                self.warn_of_large_graph("it has no blocks that could be run again")
+                self._whole_because = "it has no blocks"
                 return self._measure(batch, watch=watch, buffers=buffers)
             graph = self._build(batch, watch=watch, buffers=buffers)
         self._bytes_per_size = counter.total / self._batches.size_or(batch, 1.0)
@@ -359,21 +359,13 @@ class LossOperator(LinearOperator):
 
     def _graph_limit(self) -> int | None:
         """Bytes that one graph may hold before it is built in segments."""
-        if self._checkpointed or not self._limited or self._kept is not None:
+        if self._checkpointed or self._whole_because or self._kept is not None:
+            return None
+        if self._shards is not None:  # gathering keeps one order on all ranks, segments change it
             return None
         if self._memory_budget is not None and self._batches.single:
             return self._memory_budget
         return available_bytes(self.device) // 2
-
-    def warn_of_large_graph(self, why: str) -> None:
-        """Say that a graph is built although it may not fit."""
-        self._checkpointed = self._limited = False
-        msg = (
-            f"The gradient's graph of a batch holds more than {format_bytes(self._budget())}, and "
-            f"the model cannot be run again block by block instead: {why}. It is built as it is. "
-            f"With smaller batches (a list of them) one graph is built at a time."
-        )
-        warnings.warn(msg, LargeGraphWarning, stacklevel=_STACKLEVEL + 4)
 
     def _marks(self) -> tuple[Any, ...]:
         return fingerprint(self._parameters, self._modules)

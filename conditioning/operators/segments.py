@@ -124,7 +124,9 @@ class _PullAgain(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        cotangents = [t.detach().requires_grad_(True) for t in tensors[: ctx.count]]
+        cotangents = [
+            t.detach().requires_grad_(t.is_floating_point()) for t in tensors[: ctx.count]
+        ]
         leaves, outputs = ctx.run.again(tensors[ctx.count :])
         live, wanted = _live(outputs), _live(leaves)
         with torch.enable_grad():
