@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from conditioning.errors import InvalidArgumentError, ParameterSelectionError, ShapeError
 from conditioning.operators import GaussNewtonOperator, HessianOperator, JacobianOperator
-from conditioning.operators.graphs import BlockEngine
+from conditioning.operators.engines import Multiplier
 
 LOSS_OPERATORS = [(HessianOperator, dense_hessian), (GaussNewtonOperator, dense_gauss_newton)]
 
@@ -107,7 +107,7 @@ def test_a_chosen_block_engine_is_kept_and_gives_the_same_bits_each_time(mlp_pro
 
 
 def test_small_graphs_take_more_vectors_along_and_large_ones_fewer():
-    engine = BlockEngine()
+    engine = Multiplier()
     for graph_bytes, vector_bytes, budget, chunk in (
         (1, 1, 2**30, 256), (2**20, 0, 2**30, 64), (2**26, 0, 2**31, 16), (2**26, 0, 2**28, 4),
         (10, 0, 5, 1), (1, 2**23, 2**30, 16), (1, 2**27 - 1, 2**30, 8),

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from conditioning.errors import LossWithoutGraphError
 from conditioning.operators.batches import map_tensors
-from conditioning.operators.graphs import Parts, differentiate, refuse_dead_ends
+from conditioning.operators.graphs import (
+    Parts,
+    differentiate,
+    nodes_behind,
+    refuse_dead_ends,
+)
 from conditioning.operators.losses import LossOperator
 
 
@@ -56,6 +61,10 @@ class JacobianGraph:
             [c for _, c in used],
             batched=batched,
         )
+
+    def size(self) -> int:
+        """Count the nodes of the graphs that two products go through."""
+        return sum(1 for _ in nodes_behind([*self._outputs, *self._pulled]))
 
 
 class GaussNewtonGraph:
@@ -110,6 +119,10 @@ class GaussNewtonGraph:
             [slope for slope, _ in used], self._leaves, [p for _, p in used], batched=batched
         )
         return self._jacobian.pull(curved, batched=batched)
+
+    def size(self) -> int:
+        """Count the nodes of the graphs that a product goes through."""
+        return self._jacobian.size()
 
 
 class GaussNewtonOperator(LossOperator):

@@ -7,7 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from conditioning.operators.graphs import Parts, differentiate, refuse_dead_ends
+from conditioning.operators.graphs import (
+    Parts,
+    differentiate,
+    nodes_behind,
+    refuse_dead_ends,
+)
 from conditioning.operators.losses import LossOperator
 
 
@@ -34,6 +39,10 @@ class HessianGraph:
             [tangents[i] for i in self._active],
             batched=batched,
         )
+
+    def size(self) -> int:
+        """Count the nodes of the graph that a product goes through."""
+        return sum(1 for _ in nodes_behind(self._outputs))
 
 
 class HessianOperator(LossOperator):

@@ -28,8 +28,9 @@ from conditioning.operators.checks import (
     refuse_norms_in_training,
     translated_forward_errors,
 )
+from conditioning.operators.engines import Multiplier
 from conditioning.operators.gauss_newton import JacobianGraph
-from conditioning.operators.graphs import BlockEngine, Parts
+from conditioning.operators.graphs import Parts
 from conditioning.operators.guards import (
     BufferGuard,
     SavedBytes,
@@ -49,6 +50,9 @@ class _Forward:
 
     def apply(self, tangents: list[Tensor], *, batched: bool) -> Parts:
         return self._graph.push(tangents, batched=batched)
+
+    def size(self) -> int:
+        return self._graph.size()
 
 
 class _Adjoint(_Forward):
@@ -139,7 +143,7 @@ class JacobianOperator(LinearOperator):
             msg = f"The inputs live on several devices: {', '.join(sorted(devices))}."
             raise MixedDevicesError(msg)
         self._domain = FlatLayout([f"input_{i}" for i in range(len(wanted))], wanted)
-        self._engine, self._adjoint_engine = BlockEngine(), BlockEngine()
+        self._engine, self._adjoint_engine = Multiplier(), Multiplier()
         with torch.inference_mode(mode=False), isolated_randomness() as state:
             buffers = BufferGuard(self._modules, compare=check)
             values, graph = self._build(buffers)

@@ -27,7 +27,8 @@ from conditioning.operators.batches import (
     tensors_in,
     to_device,
 )
-from conditioning.operators.graphs import BlockEngine, LossGraph
+from conditioning.operators.engines import Engine, Multiplier
+from conditioning.operators.graphs import LossGraph
 from conditioning.operators.guards import (
     BufferGuard,
     GraphTooLarge,
@@ -54,6 +55,7 @@ from conditioning.operators.segments import has_segments, segmented
 from conditioning.operators.sharded import LockstepBatches, can_shard, reshard, shards_of
 from conditioning.operators.sharded_checks import check_sharded_operator
 from conditioning.operators.sums import accumulate, wide
+from conditioning.operators.timing import time_operator
 
 _REDUCTIONS = ("mean", "sum")
 # Frames between a user's call and the place in this package that warns.
@@ -89,6 +91,7 @@ class LossOperator(LinearOperator):
         batch_size_fn: Callable[[Any], float] | None = None,
         memory_budget: int | None = None,
         process_group: Any = AUTO,
+        engine: str = "auto",
     ) -> None:
         if reduction not in _REDUCTIONS:
             msg = f"reduction should be 'mean' or 'sum', got {reduction!r}."
@@ -139,7 +142,8 @@ class LossOperator(LinearOperator):
             self._batches = LockstepBatches(
                 self._shards.group, data, mean=self._needs_sizes, **options
             )
-        self._engine = BlockEngine()
+        self._engine = Multiplier(engine)
+        self._gradient_seconds: float | None = None
         # The graphs of all batches; or of some, by their place, where not all of them fit.
         self._kept: list[tuple[LossGraph, float]] | None = None
         self._some: dict[int, _Held] = {}
@@ -214,8 +218,9 @@ class LossOperator(LinearOperator):
         """How blocks of vectors are multiplied: ``"loop"``, ``"batched"``, or ``"undecided"``.
 
         The first block decides by timing both. The two differ by rounding: set one where results
-        have to be equal to the last bit from run to run. A batched pass that an operation or the
-        memory does not allow becomes a loop.
+        have to be equal to the last bit from run to run; that also keeps to the retained graph,
+        unless ``engine`` is set. A batched pass that an operation or the memory does not allow
+        becomes a loop.
 
         Raises
         ------
@@ -230,6 +235,25 @@ class LossOperator(LinearOperator):
             msg = "Timing may decide otherwise on other ranks: set 'loop' or 'batched'."
             raise InvalidArgumentError(msg)
         self._engine.choose(choice)
+
+    @property
+    def engine(self) -> Engine:
+        """How products are computed now, what that costs, and why; see :class:`Engine`.
+
+        Reading it for the first time multiplies three vectors with the first batch and takes three
+        gradients. Set to ``"auto"``, ``"retained"``, ``"linearized"`` or ``"compiled"``.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If it is set to something else.
+        """
+        self._gradient_seconds = time_operator(self, self._gradient_seconds, self._engine.seconds)
+        return self._engine.describe(self._gradient_seconds)
+
+    @engine.setter
+    def engine(self, name: str) -> None:
+        self._engine.choose_engine(name)
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all batches, flat, shape ``(n,)``."""
@@ -494,7 +518,14 @@ class LossOperator(LinearOperator):
         return [graph.loss, self._layout.join(graph.gradient)]
 
     def _rows(self, graph: LossGraph, block: Tensor) -> Tensor:
-        return self._engine.multiply(graph, self._layout, self._layout, block)
+        return self._engine.multiply(
+            graph,
+            self._layout,
+            self._layout,
+            block,
+            eps=self._eps,
+            budget=self._budget if self._keep else None,
+        )
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         block = vectors.T.contiguous()

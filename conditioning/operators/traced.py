@@ -43,13 +43,22 @@ class LinearProgram:
         self.graph = graph
         self.constants = constants
         self._present = present
-        self.run: Callable[..., Any] = executable(_with_fused_sums(graph))
+        self._run: Callable[..., Any] = _executable(_with_fused_sums(graph))
 
     def __call__(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """Multiply; ``None`` stands for zeros."""
-        with torch.no_grad():
-            found = iter(self.run(*self.constants, *tangents))
-        return [next(found) if there else None for there in self._present]
+        return self.by(self._run)(tangents)
+
+    def by(self, run: Callable[..., Any]) -> Callable[[Sequence[Tensor]], list[Tensor | None]]:
+        """Return the map carried out by another form of the graph."""
+        constants, present = self.constants, self._present
+
+        def multiply(tangents: Sequence[Tensor]) -> list[Tensor | None]:
+            with torch.no_grad():
+                found = iter(run(*constants, *tangents))
+            return [next(found) if there else None for there in present]
+
+        return multiply
 
     def for_blocks(self, tangents: Sequence[Tensor], budget: float) -> LinearProgram:
         """Trace the map for as many vectors at once as ``tangents`` have on their first axis.
@@ -112,14 +121,32 @@ def trace(
         if _mutates(traced.graph):
             msg = "a product changes tensors in place that it did not make"
             raise UntraceableError(msg)
+    _use_weight_gradients(traced.graph)
     graph, constants = _folded(traced, [], budget)
-    _use_weight_gradients(graph)
     return LinearProgram(graph, constants, present)
 
 
-def executable(graph: fx.Graph) -> fx.GraphModule:
-    """Make a graph that has no attributes a function."""
+def compiled(program: LinearProgram, tangents: Sequence[Tensor]) -> Callable[..., Any]:
+    """Compile a program; constants are arguments, so that another one of this form can use it."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    arguments = [*program.constants, *tangents]
+    # In this process: workers would stay behind.
+    with torch.no_grad(), config.patch(compile_threads=1):
+        run: Callable[..., Any] = compile_fx(_executable(_copied(program.graph)), arguments)
+        run(*arguments)
+    return run
+
+
+def _executable(graph: fx.Graph) -> fx.GraphModule:
     return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
 
 
 def _make_fx(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.GraphModule:
@@ -315,9 +342,7 @@ def _with_fused_sums(graph: fx.Graph) -> fx.Graph:
 
     In place where nothing else reads it, so that the sum costs no pass over memory.
     """
-    copied = fx.Graph()
-    places: dict[fx.Node, fx.Node] = {}
-    copied.output(copied.graph_copy(graph, places))
+    copied = _copied(graph)
     fresh = {
         node
         for node in copied.nodes
