@@ -222,7 +222,7 @@ class LanczosRun:
                 noise = self._norm(again - product)
             self._append(vector)
             rest, coefficients = self._orthogonalise(product)
-            leak = torch.linalg.vector_norm(coefficients[:-2])
+            leak = self._leaked(coefficients)
             beta = self._norm(rest)
             self._next, lost = self._stored(rest.div_(beta.clamp_min(tiny)))
             scalars.append(torch.stack([coefficients[-1], beta, leak, lost]))
@@ -244,6 +244,11 @@ class LanczosRun:
                 self._next = nexts[done]
                 return
         self.closed = self.complete
+
+    def _leaked(self, coefficients: Tensor) -> Tensor:
+        """Size of what a product has beyond the two newest vectors."""
+        size: Tensor = torch.linalg.vector_norm(coefficients[:-2])
+        return size
 
     def _check_scalars(self, alpha: float, beta: float, leak: float) -> None:
         """Refuse products that no Krylov method can work with."""

@@ -155,6 +155,29 @@ class Basis:
             self._add(result, row, part, 1.0)
         return result
 
+    def rotate(self, coefficients: Tensor) -> None:
+        """Replace the ``k`` vectors by their ``l <= k`` combinations with ``coefficients (k, l)``.
+
+        In place, a slice of the entries after the other: no second basis is allocated.
+        """
+        rows = self._rows()
+        parts = coefficients.split([len(row) for row in rows])
+        kept = coefficients.shape[1]
+        step = max(self._length // max(self._count, 1), _PANEL)
+        for begin in range(0, self._length, step):
+            piece = slice(begin, begin + step)
+            turned = torch.zeros((), dtype=torch.float64, device=coefficients.device)
+            for row, part in zip(rows, parts, strict=True):
+                turned = turned + part.T @ row[:, piece].to(torch.float64)
+            place = 0
+            for row in rows:
+                count = min(len(row), kept - place)
+                if count <= 0:
+                    break
+                row[:count, piece] = turned[place : place + count]
+                place += count
+        self._count = kept
+
     def dense(self) -> Tensor:
         """All vectors as columns, a copy in float64: for small ones."""
         return torch.cat(self._rows()).T.to(torch.float64)

@@ -32,6 +32,7 @@ class Locked:
     residuals: Array
 
     def add(self, vectors: Tensor, values: Array, residuals: Array, key: Any, k: int) -> None:
+        """Put pairs aside, and keep the ``k`` best."""
         order = np.argsort(-key(np.concatenate([self.values, values])), kind="stable")[:k]
         self.values = np.concatenate([self.values, values])[order]
         self.residuals = np.concatenate([self.residuals, residuals])[order]
@@ -49,15 +50,19 @@ class _Projected(LinearOperator):
 
     @property
     def local_size(self) -> int:
+        """Of the operator behind it."""
         return self._operator.local_size
 
     def local_part(self, vector: Tensor) -> Tensor:
+        """Of the operator behind it."""
         return self._operator.local_part(vector)
 
     def sum_over_shards(self, partial: Tensor) -> Tensor:
+        """Of the operator behind it."""
         return self._operator.sum_over_shards(partial)
 
     def matvec(self, vector: Tensor) -> Tensor:
+        """One product, in the space beside the locked pairs."""
         return self._image(vector)
 
 
@@ -72,7 +77,7 @@ def power_pairs(
     spent: int,
 ) -> tuple[str, str]:
     """Power iteration, one pair after the other; LA and SA by a shift that makes them dominant."""
-    key = _KEYS[which]
+    key = KEYS[which]
     shift = 0.0
 
     def apply(vector: Tensor) -> Tensor:

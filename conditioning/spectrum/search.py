@@ -1,0 +1,221 @@
+"""The search of ``eigenvalues``: runs on what is left of the space until nothing is missing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from conditioning.krylov import start_for
+from conditioning.krylov.restart import RestartedRun
+from conditioning.memory import available_bytes
+from conditioning.operators.base import LinearOperator
+from conditioning.spectrum.measure import inverse_weight
+from conditioning.spectrum.pairs import KEYS, Locked
+
+# How far beyond the k-th value an eigenvalue that nobody saw could lie: resolving less
+# costs products like 1 / sqrt of it.
+_SLACK = 1e-2
+_AMPLE = 200  # vectors beside the wanted ones: a basis of so many is not worth halving
+
+
+@dataclass
+class Search:
+    """Lanczos runs on what is left of the space, until nothing wanted is left."""
+
+    operator: LinearOperator
+    k: int
+    which: str
+    rtol: float
+    max_matvecs: int
+    failure_probability: float
+    spent: int
+    max_basis: int = 0
+    basis_dtype: torch.dtype = torch.float64
+    noise: float = 0.0
+    chance: float = 0.0
+    restarts: int = 0
+    rounds: int = field(default=0, init=False)
+
+    def plan_memory(self, budget: int | None) -> None:
+        """How many vectors a basis may hold, and in what dtype."""
+        operator = self.operator
+        if budget is None:
+            budget = available_bytes(operator.device) // 2
+        vector = 8 * max(operator.local_size, 1)
+        # The locked pairs and the work space of a step are float64 vectors too.
+        room = budget // vector - self.k - 4
+        ample = min(self.max_matvecs, 2 * self.k + _AMPLE)
+        if room < ample and operator.dtype.itemsize <= 4:
+            # What storing loses is what the products lose anyway.
+            self.basis_dtype, room = torch.float32, 2 * room
+        self.max_basis = max(room, 2 * self.k + 10)
+
+    @property
+    def left(self) -> int:
+        """Products left, with one for each pair put aside to measure its residual at the end."""
+        used = self.operator.num_matvecs - self.spent
+        spare = min(self.k, self.max_matvecs // 2) if self.k > 1 else 0
+        return self.max_matvecs - spare - used
+
+    def run(
+        self, locked: Locked, generator: torch.Generator
+    ) -> tuple[str, str, float, float | None]:
+        """Fill ``locked``.
+
+        Returns
+        -------
+        tuple
+            Status, message, the largest key that may be missing, and the norm of the residuals
+            of all pairs together, or None where they were not found side by side.
+        """
+        key = KEYS[self.which]
+        joint: float | None = None
+        while True:
+            full = len(locked.values) == self.k
+            if self.left < 2:
+                return *self._unfinished(full), np.inf, joint
+            found = RestartedRun(
+                self.operator, start_for(self.operator, generator), key=key, wanted=self.k,
+                deflate=locked.vectors, measure_noise=self.rounds == 0,
+                max_steps=self.max_basis, basis_dtype=self.basis_dtype,
+            )  # fmt: skip
+            self.rounds += 1
+            found.noise = self.noise
+            floor = float(key(locked.values).min()) if full else -np.inf
+            # Each round is another chance to be wrong: the rounds share the allowance.
+            allowed = self.failure_probability / (self.rounds * (self.rounds + 1))
+            if self.k == 1:
+                allowed = self.failure_probability  # one round is all
+            outer, settled = self._converge(found, floor, allowed)
+            self.noise = found.noise
+            self.restarts += found.num_restarts
+            keys = key(found.jacobi.ritz_values)
+            new = np.flatnonzero((keys > floor + self._tolerance(found)) & settled)
+            if full and not len(new):
+                if self._excluded(found, outer, floor):
+                    self.chance = self._chance(found, self.failure_probability)
+                    return *self._finished(found), max(outer, floor), joint
+                return *self._unfinished(True), np.inf, joint
+            if not len(new):
+                return *self._unfinished(False), np.inf, joint
+            best = new[np.argsort(-keys[new])][: self.k]
+            ritz = found.jacobi.ritz_vectors[:, best]
+            locked.add(
+                found.combine(torch.from_numpy(ritz.copy())), found.jacobi.ritz_values[best],
+                found.jacobi.residual_norms[best] + found.guard, key, self.k,
+            )  # fmt: skip
+            # Pairs of one run share one residual vector, whose coefficients are known.
+            together = float(np.sqrt((found.jacobi.residual_norms[best] ** 2).sum()))
+            joint = together + found.guard if self.rounds == 1 else None
+            if self.k == 1:
+                value = float(keys[best[0]])
+                if self._excluded(found, outer, value):
+                    self.chance = self._chance(found, allowed)
+                    return *self._finished(found), max(outer, value), joint
+                return *self._unfinished(True), np.inf, joint
+
+    def _tolerance(self, run: RestartedRun) -> float:
+        return max(self.rtol * run.jacobi.scale, 4 * run.guard)
+
+    def _excluded(self, run: RestartedRun, outer: float, floor: float) -> bool:
+        """Whether nothing in the run's space lies noticeably beyond ``floor``."""
+        small = min(self._tolerance(run), _SLACK * run.jacobi.scale)
+        return outer <= floor + _SLACK * abs(floor) + small
+
+    def _pace(self, run: RestartedRun) -> int:
+        """Products between two looks: as many as a look costs little against."""
+        if run.num_steps < 100 and run.operator.device.type == "cpu":
+            return 1 + run.num_steps // 25
+        return 5 if run.num_steps < 60 else run.num_steps // 12
+
+    def _converge(
+        self, run: RestartedRun, floor: float, allowed: float
+    ) -> tuple[float, NDArray[np.bool_]]:
+        """Extend until what exceeds ``floor`` has converged or is excluded."""
+        key = KEYS[self.which]
+        while True:
+            room = self.left - (0 if run.num_steps else 1)
+            if run.num_steps >= run.max_steps and run.complete:
+                room = 0
+            if room > 0:
+                run.extend(min(self._pace(run), room))
+            jacobi = run.jacobi
+            tolerance = self._tolerance(run)
+            keys = key(jacobi.ritz_values)
+            settled = jacobi.residual_norms <= tolerance
+            top = np.argsort(-keys)[: self.k]
+            if run.closed and not settled[top].all() and run.reopen():
+                continue
+            if run.closed or room <= 0:
+                return self._outer(run, allowed), settled
+            done = len(top) == self.k and bool(settled[top].all())
+            if np.isfinite(floor):
+                beyond = top[keys[top] > floor + tolerance]
+                if len(beyond) and settled[beyond].all():
+                    return np.inf, settled
+                if not len(beyond):
+                    outer = self._outer(run, allowed)
+                    if self._excluded(run, outer, floor):
+                        return outer, settled
+            elif done and self.k > 1:
+                return np.inf, settled
+            elif done:
+                outer = self._outer(run, allowed)
+                if self._excluded(run, outer, float(keys[top[0]])):
+                    return outer, settled
+
+    def _chance(self, run: RestartedRun, allowed: float) -> float:
+        """Probability with which an outer bound of the run's space may be wrong."""
+        if run.complete or run.only_zeros:
+            return 0.0
+        # A closed run has nothing more to say: what it cannot exclude is left to chance.
+        return max(allowed, 1e-2) if run.closed else allowed
+
+    def _outer(self, run: RestartedRun, allowed: float) -> float:
+        """Upper bound of the key over the space that the run lives in."""
+        jacobi = run.jacobi
+        if run.only_zeros:
+            return run.guard
+        if run.complete:
+            reach = KEYS[self.which](jacobi.ritz_values) + jacobi.residual_norms
+            return float(reach.max()) + run.guard
+        inverse_mass = inverse_weight(self.operator.shape[0], self._chance(run, allowed))
+        ends = []
+        if self.which in ("LM", "LA"):
+            ends.append(jacobi.right_end(inverse_mass))
+        if self.which in ("LM", "SA"):
+            ends.append(jacobi.mirrored().right_end(inverse_mass))
+        return max(ends) + run.guard
+
+    def _finished(self, run: RestartedRun) -> tuple[str, str]:
+        if run.closed:
+            text = "the Krylov space of the rest closed: no eigenvalue is missing"
+            return "exhausted", text + self._how()
+        return "certified", (
+            f"no eigenvalue lies more than 1 % beyond the last value, with probability at least "
+            f"1 - {self.failure_probability:g}{self._how()}"
+        )
+
+    def _how(self) -> str:
+        text = ""
+        if self.restarts:
+            text += f"; a basis of {self.max_basis} vectors, restarted {self.restarts} times"
+            text = text.replace(" 1 times", " once")
+        if self.basis_dtype == torch.float32:
+            text += "; basis stored in float32"
+        return text
+
+    def _unfinished(self, full: bool) -> tuple[str, str]:
+        used = self.operator.num_matvecs - self.spent
+        if full:
+            return "not certified", (
+                f"{self.k} pairs converged, but {used} products did not exclude a missed one "
+                f"(multiplicity or cluster). Raise max_matvecs.{self._how()}"
+            )
+        return "not converged", (
+            f"fewer than {self.k} pairs reached rtol={self.rtol:g} within {used} products. Raise "
+            f"max_matvecs, or rtol.{self._how()}"
+        )
