@@ -11,7 +11,8 @@ import torch
 from conditioning.errors import InvalidArgumentError
 from conditioning.krylov import LanczosRun, make_generator, start_for
 from conditioning.operators.base import LinearOperator
-from conditioning.spectrum.certify import Options, certify, is_exhausted
+from conditioning.spectrum.bounds import Options
+from conditioning.spectrum.certify import certify, is_exhausted
 from conditioning.spectrum.common import square
 from conditioning.spectrum.full import full_spectrum
 from conditioning.spectrum.results import ConditionNumber
@@ -29,6 +30,7 @@ def condition_number(
     method: str = "auto",
     memory_budget: int | None = None,
     checkpoint: str | Path | None = None,
+    stop_early: bool = True,
 ) -> ConditionNumber:
     """Condition number ``max |lambda| / min {|lambda| : |lambda| > threshold}``, enclosed.
 
@@ -60,6 +62,11 @@ def condition_number(
     checkpoint : path, optional
         The Lanczos run is saved there when it ends or is interrupted, and continued from there
         if the file exists.
+    stop_early : bool
+        Stop once the run shows, at several looks in a row, that ``max_matvecs`` cannot suffice to
+        certify anything: ``needed_matvecs`` then says what would, and ``kappa_10`` is given
+        instead, from at most as many products again. ``False`` spends the whole budget on a
+        better lower bound.
 
     Returns
     -------
@@ -99,8 +106,9 @@ def condition_number(
         What decides the answer is smaller than the rounding of the products: use float64.
     """
     options = Options(
-        rtol, zero_rtol, percentile, max_matvecs, failure_probability, method, memory_budget
-    )
+        rtol, zero_rtol, percentile, max_matvecs, failure_probability, method, memory_budget,
+        stop_early,
+    )  # fmt: skip
     taken = square(operator)
     if checkpoint is not None:
         _check_path(Path(checkpoint))

@@ -115,8 +115,8 @@ def eigenvalues(
         search.plan_memory(memory_budget)
         status, message, outer, joint = search.run(locked, generator)
         failure_probability = search.chance
-    error = _refine(taken, locked, key) if joint is None else joint
-    estimates = tuple(_enclose(locked.values, key, outer, error, which))
+    coupling, rounding = _refine(taken, locked, key) if joint is None else joint
+    estimates = tuple(_enclose(locked.values, key, outer, coupling, rounding, which))
     return Eigenvalues(
         estimates, tuple(map(float, locked.residuals)),
         locked.vectors if vectors else None, which, method, taken.num_matvecs - spent, status,
@@ -124,15 +124,15 @@ def eigenvalues(
     )  # fmt: skip
 
 
-def _refine(operator: LinearOperator, locked: Locked, key: Any) -> float:
-    """Rayleigh-Ritz on the locked space, with the true residuals; their norm together.
+def _refine(operator: LinearOperator, locked: Locked, key: Any) -> tuple[float, float]:
+    """Rayleigh-Ritz on the locked space; norm of all residuals together, and its rounding.
 
     A pair that was found beside others had its residual measured in what was left of the
     space; here the coupling to them is in it. One product for each pair.
     """
     basis = locked.vectors
     if not basis.shape[1]:
-        return 0.0
+        return 0.0, 0.0
     basis, _ = orthonormal(operator, basis)
     images = operator.matmat(basis).to(torch.float64)
     small = inner(operator, basis, images)
@@ -145,7 +145,7 @@ def _refine(operator: LinearOperator, locked: Locked, key: Any) -> float:
     locked.vectors, locked.values = basis @ vectors, values.cpu().numpy()
     norms = norm(operator, residual).cpu().numpy()
     locked.residuals = norms + rounding
-    return float(np.sqrt((norms**2).sum())) + rounding
+    return float(np.sqrt((norms**2).sum())), rounding
 
 
 def _check(
@@ -168,7 +168,9 @@ def _check(
         raise InvalidArgumentError(msg)
 
 
-def _enclose(values: Array, key: Any, outer: float, error: float, which: str) -> list[Estimate]:
+def _enclose(
+    values: Array, key: Any, outer: float, coupling: float, rounding: float, which: str
+) -> list[Estimate]:
     """Enclosure of the i-th eigenvalue: locked block and rest, coupled by residuals.
 
     The rest of the space may hold any number of eigenvalues with keys up to ``outer``, so
@@ -182,11 +184,10 @@ def _enclose(values: Array, key: Any, outer: float, error: float, which: str) ->
     for i, value in enumerate(values):
         beyond = max(outer - float(keys[i]), 0.0)
         gap = max(float(keys[i]) - outer, 0.0)
-        moved = error
+        # Rounding of the products moves eigenvalues by its size, whatever the gap.
+        moved = rounding + coupling
         if gap:
-            # What rounding moved is no coupling: it stays as it is.
-            moved = 2 * error**2 / (gap + np.sqrt(gap**2 + 4 * error**2))
-            moved += 20 * np.finfo(np.float64).eps * float(np.abs(values).max())
+            moved = rounding + 2 * coupling**2 / (gap + np.hypot(gap, 2 * coupling))
         inward, outward = moved, moved + beyond
         towards_larger = which == "LA" or (which == "LM" and value >= 0)
         low, high = (inward, outward) if towards_larger else (outward, inward)

@@ -143,6 +143,12 @@ class ConditionNumber(Result):
         With which the enclosure may be wrong (0 where nothing was random).
     distinct : int or None
         Distinct eigenvalues seen, where all of them were.
+    needed_matvecs : int or None
+        With ``lower bound only``: products that certifying would take, about
+        (``min(18 kappa, n)`` for the certain ``kappa``, so rather too few than too many).
+    kappa_10 : Estimate or None
+        Where the run was stopped early: the quotient by the 10th percentile of ``|lambda|``, from
+        the same products and a few more, with the ``failure_probability``.
     """
 
     value: float
@@ -161,6 +167,8 @@ class ConditionNumber(Result):
     noise: float
     failure_probability: float
     distinct: int | None = None
+    needed_matvecs: int | None = None
+    kappa_10: Estimate | None = None
 
     @property
     def estimate(self) -> Estimate:

@@ -60,26 +60,34 @@ class Search:
         spare = min(self.k, self.max_matvecs // 2) if self.k > 1 else 0
         return self.max_matvecs - spare - used
 
+    @property
+    def _near_rounding(self) -> bool:
+        """Whether a product spent on measuring rounding could change what is decided.
+
+        Far above it, what reorthogonalisation removes measures it well enough.
+        """
+        return self.rtol < 1e3 * torch.finfo(self.operator.dtype).eps
+
     def run(
         self, locked: Locked, generator: torch.Generator
-    ) -> tuple[str, str, float, float | None]:
+    ) -> tuple[str, str, float, tuple[float, float] | None]:
         """Fill ``locked``.
 
         Returns
         -------
         tuple
             Status, message, the largest key that may be missing, and the norm of the residuals
-            of all pairs together, or None where they were not found side by side.
+            of all pairs together with its rounding, or None where they were not found together.
         """
         key = KEYS[self.which]
-        joint: float | None = None
+        joint: tuple[float, float] | None = None
         while True:
             full = len(locked.values) == self.k
             if self.left < 2:
                 return *self._unfinished(full), np.inf, joint
             found = RestartedRun(
                 self.operator, start_for(self.operator, generator), key=key, wanted=self.k,
-                deflate=locked.vectors, measure_noise=self.rounds == 0,
+                deflate=locked.vectors, measure_noise=self.rounds == 0 and self._near_rounding,
                 max_steps=self.max_basis, basis_dtype=self.basis_dtype,
             )  # fmt: skip
             self.rounds += 1
@@ -109,7 +117,7 @@ class Search:
             )  # fmt: skip
             # Pairs of one run share one residual vector, whose coefficients are known.
             together = float(np.sqrt((found.jacobi.residual_norms[best] ** 2).sum()))
-            joint = together + found.guard if self.rounds == 1 else None
+            joint = (together, found.guard) if self.rounds == 1 else None
             if self.k == 1:
                 value = float(keys[best[0]])
                 if self._excluded(found, outer, value):
@@ -122,13 +130,13 @@ class Search:
 
     def _excluded(self, run: RestartedRun, outer: float, floor: float) -> bool:
         """Whether nothing in the run's space lies noticeably beyond ``floor``."""
-        small = min(self._tolerance(run), _SLACK * run.jacobi.scale)
+        small = run.guard if self.k == 1 else min(self._tolerance(run), _SLACK * run.jacobi.scale)
         return outer <= floor + _SLACK * abs(floor) + small
 
     def _pace(self, run: RestartedRun) -> int:
         """Products between two looks: as many as a look costs little against."""
         if run.num_steps < 100 and run.operator.device.type == "cpu":
-            return 1 + run.num_steps // 25
+            return 1 + run.num_steps // 40
         return 5 if run.num_steps < 60 else run.num_steps // 12
 
     def _converge(
@@ -137,7 +145,7 @@ class Search:
         """Extend until what exceeds ``floor`` has converged or is excluded."""
         key = KEYS[self.which]
         while True:
-            room = self.left - (0 if run.num_steps else 1)
+            room = self.left - (0 if run.num_steps or not self._near_rounding else 1)
             if run.num_steps >= run.max_steps and run.complete:
                 room = 0
             if room > 0:

@@ -14,17 +14,13 @@ from conditioning.jacobi import Array
 from conditioning.krylov import LanczosRun, make_generator, start_for
 from conditioning.memory import available_bytes
 from conditioning.operators.base import LinearOperator
-from conditioning.spectrum.certify import (
-    Options,
-    certify,
-    is_enclosed,
-    is_exhausted,
-    over_percentile,
-)
+from conditioning.spectrum.bounds import Options
+from conditioning.spectrum.certify import certify, is_enclosed, is_exhausted
 from conditioning.spectrum.common import check_at_least, check_counts, square
 from conditioning.spectrum.density import trace
 from conditioning.spectrum.full import NAN, full_spectrum, zero_operator
 from conditioning.spectrum.measure import Probe, SpectralMeasure, inverse_weight
+from conditioning.spectrum.percentile import over_percentile
 from conditioning.spectrum.results import ConditionNumber, Estimate, Result, Status
 
 _CHUNK = 10  # steps between two looks at the clock
