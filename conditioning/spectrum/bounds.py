@@ -152,4 +152,5 @@ def _exclude(
 
 
 def count_of(number: int, noun: str) -> str:
+    """``1 step``, ``2 steps``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -12,6 +12,7 @@ import torch
 from conditioning.errors import NonFiniteError
 from conditioning.jacobi import Array
 from conditioning.krylov import LanczosRun, make_generator, start_for
+from conditioning.memory import available_bytes
 from conditioning.operators.base import LinearOperator
 from conditioning.spectrum.common import (
     METHODS,
@@ -172,12 +173,19 @@ def _probes(
     generator = make_generator(seed)
     probes: list[Probe] = []
     noise = 0.0
+    # One basis is held at a time. Where products are float32 anyway it may be float32 as well.
+    needed = 8 * max(operator.local_size, 1) * (min(num_steps, operator.shape[0]) + 4)
+    short = needed > available_bytes(operator.device) // 2 and operator.dtype.itemsize <= 4
     for i in range(num_probes):
-        run = LanczosRun(operator, start_for(operator, generator), measure_noise=i == 0)
+        run = LanczosRun(
+            operator, start_for(operator, generator), measure_noise=i == 0, max_steps=num_steps,
+            basis_dtype=torch.float32 if short else torch.float64,
+        )  # fmt: skip
         run.noise = noise
         run.extend(num_steps)
         noise = run.noise
         probes.append(Probe(run.jacobi, run.start_norm**2, run.guard))
+        run.release()
     return probes
 
 
@@ -276,9 +284,9 @@ def trace(
     for begin in range(0, num_probes, 16):
         count = min(16, num_probes - begin)
         bits = torch.randint(0, 2, (size, count), generator=generator, device=generator.device)
-        signs = (2 * bits - 1).to(taken.device, torch.float64)
+        signs = taken.local_part((2 * bits - 1).to(taken.device, torch.float64))
         product = taken.matmat(signs).to(torch.float64)
-        samples.append((signs * product).sum(dim=0))
+        samples.append(taken.sum_over_shards((signs * product).sum(dim=0)))
     values = torch.cat(samples).cpu().numpy()
     value = float(values.mean())
     _check_finite(value)

@@ -82,8 +82,8 @@ def by_percentile(
     else:
         status = "exhausted" if run.closed else "certified"
         message = (
-            f"{count_of(len(current), 'probe')} of {count_of(run.num_steps, 'step')}, with probability "
-            f"at least 1 - {options.failure_probability:g}"
+            f"{count_of(len(current), 'probe')} of {count_of(run.num_steps, 'step')}, with "
+            f"probability at least 1 - {options.failure_probability:g}"
         )
         if ratio > 1 + options.rtol:
             reason = "more probes no longer help" if stalled >= 4 else "max_matvecs ended the run"
@@ -106,6 +106,7 @@ def over_percentile(
 
 
 def width_of(estimate: Estimate) -> float:
+    """``high / low``; infinite where the lower end is not positive."""
     return estimate.high / estimate.low if estimate.low > 0 else math.inf
 
 

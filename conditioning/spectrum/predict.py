@@ -12,7 +12,11 @@ things are known of the products that this needs.
 * The growth of ``log K(0)`` over the latest steps, taken to go on. In the bulk ``K`` grows like the
   number of steps, its logarithm ever more slowly, and this too errs on the side of too few.
 
-Only where both say that the budget cannot suffice, at several looks in a row, is it given up.
+A run is given up where both say, at several looks in a row, that the budget cannot suffice. Past
+half of the budget the growth alone may say so, if by a wide margin. Growth alone says nothing
+early: a degenerate spectrum looks like a bulk until its distinct eigenvalues are all seen, and
+then closes within a few steps. Neither says anything close to ``n`` steps, where a run ends
+by having seen everything.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from conditioning.jacobi import JacobiMatrix
 PER_KAPPA = 18
 _PATIENCE = 5  # looks in a row, each 10 steps or a tenth of the steps after the one before
 _FEWEST_STEPS = 60
+_MARGIN = 3  # of a prediction by growth alone
+_NEAR = 0.7  # of n: the runs of small operators that certify without a gap need 0.74 n or more
 
 
 @dataclass
@@ -47,7 +53,6 @@ class Outlook:
     last: int
     _growth: list[tuple[int, float]] = field(default_factory=list)
     _hopeless: int = 0
-    needed: int = 0
 
     def look(self, jacobi: JacobiMatrix, threshold: float, certain: float) -> bool:
         """Take note of the run as it is; whether it has no prospect left.
@@ -64,10 +69,12 @@ class Outlook:
         self._growth.append((jacobi.size, float(np.log(at.min()))))
         by_kappa = needed_products(certain, self.size)
         by_growth = self._extrapolated()
-        hopeless = min(by_kappa, by_growth) > self.last
-        self._hopeless = self._hopeless + 1 if hopeless else 0
-        self.needed = by_kappa
-        return self._hopeless >= _PATIENCE and jacobi.size >= _FEWEST_STEPS
+        both = min(by_kappa, by_growth) > self.last
+        late = 2 * jacobi.size >= self.last and by_growth > _MARGIN * self.last
+        self._hopeless = self._hopeless + 1 if both or late else 0
+        if self.last >= _NEAR * self.size or jacobi.size < _FEWEST_STEPS:
+            return False
+        return self._hopeless >= _PATIENCE
 
     def _extrapolated(self) -> float:
         """Step at which ``log K`` passes its mark at the rate of the later half of the run."""
