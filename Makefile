@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+PEERS := .venv-peers
 DIST ?= dist
 DOCS ?= docs/_build/html
 PIP_ARGS ?=
@@ -17,10 +18,10 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce bench test lint docs wheel clean
+.PHONY: help reproduce bench bench-hessian bench-quick peers test lint docs wheel clean
 
 help:  ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 reproduce: $(VENV)/.installed-experiments  ## Install, measure, print the verdicts, draw the figures
 	$(BIN)/python -m experiments shortcut_depth $(ARGS)
@@ -34,6 +35,17 @@ reproduce: $(VENV)/.installed-experiments  ## Install, measure, print the verdic
 bench: $(VENV)/.installed-bench  ## Install other tools too, and measure what tracking and projection cost
 	$(BIN)/python -m benchmarks.gradient_norms --peers $(ARGS)
 	$(BIN)/python -m benchmarks.procrustes $(ARGS)
+	$(BIN)/python -m benchmarks.cost
+
+# Other tools for Hessians live apart: what they bring along must not change what is measured here.
+bench-hessian: $(VENV)/.installed-bench peers  ## Measure Hessian products beside other tools (25 min)
+	$(BIN)/python -m benchmarks.hessian $(ARGS)
+	$(BIN)/python -m benchmarks.hessian_tables
+
+bench-quick: $(VENV)/.installed-bench peers  ## The same on small problems (5 min); changes no table
+	$(BIN)/python -m benchmarks.hessian --quick $(ARGS)
+
+peers: $(PEERS)/.installed  ## Install other tools for Hessians into .venv-peers
 
 test: $(VENV)/.installed-test  ## Install and run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -63,7 +75,7 @@ wheel: $(VENV)/.installed-lint  ## Build, check, install and import the wheel
 	rm -rf $(VENV)-wheel
 
 clean:  ## Remove the environment, builds and caches
-	rm -rf $(VENV) $(VENV)-wheel $(DIST) build docs/_build *.egg-info
+	rm -rf $(VENV) $(VENV)-wheel $(PEERS) $(DIST) build docs/_build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -74,4 +86,11 @@ $(BIN)/python:
 # One stamp for each extra: a second call has nothing to do until a requirement changes.
 $(VENV)/.installed-%: setup.cfg setup.py constraints.txt | $(BIN)/python
 	$(BIN)/python $(PIP_INSTALL) -e ".[$*]"
+	@touch $@
+
+# The last three would bring torchvision, which they do not import for a Hessian.
+$(PEERS)/.installed: setup.cfg setup.py constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP_INSTALL) -e ".[peers]"
+	$(PEERS)/bin/python $(PIP_INSTALL) --no-deps curvlinops-for-pytorch hessian-eigenthings backpack-for-pytorch
 	@touch $@

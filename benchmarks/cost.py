@@ -16,7 +16,7 @@ import csv
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ SECONDS = {
 RATIOS = {
     "product / gradient": ("product", "gradient"),
     "step with GradientNorms / step": ("tracked", "step"),
-    "step with Procrustes / step": ("projected", "step"),
+    "step with Procrustes on all layers / step": ("projected", "step"),
 }
 _TURN = 0.05  # seconds
 Variant = Callable[[], AbstractContextManager[Callable[[], Any]]]
@@ -195,7 +195,7 @@ def draw(
     """Two panels with fitted lines; a difference that may be zero is drawn as an upper limit."""
     from conditioning.plots.axes import PALETTE, new_axes, save, style
 
-    with style(), ExitStack() as _:
+    with style():
         figure, axes = new_axes(2, width=6.2, height=5.4)
         figure.suptitle(SWEEPS[sweep][1], x=0.01, ha="left")
         colors = dict(zip(SECONDS, PALETTE)) | dict(

@@ -149,7 +149,7 @@ def _top_cell(found: Mapping[str, Any] | None, solver: str, tolerance: str) -> s
         return str(cell["fails"])
     error = "?" if cell["error"] is None else number(cell["error"])
     said = cell["converged"]
-    flag = "" if said is None or said == cell["starts"] else "*"
+    flag = "" if said is None or said == cell["starts"] else r"\*"
     return f"{cell['products']:.0f}, {number(cell['seconds'])} s, {error}{flag}"
 
 
@@ -186,9 +186,9 @@ def rst(report: Mapping[str, Any]) -> str:
         f"torch {where['packages']['torch']}, {where['date']}; {', '.join(versions)}. In",
         f"parentheses: a vector in blocks of {block}. Of the five largest eigenvalues: products, "
         "seconds, largest true error",
-        "(relative); \\*: the tool itself does not say that all have converged.",
+        r"(relative); \*: the tool itself does not say that all have converged.",
     ]
-    return "\n".join(lines).replace("*: the", "*: the") + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def inserted(page: str, table: str) -> str:

@@ -111,7 +111,7 @@ class Process:
         try:
             self._process.stdin.write(json.dumps(content) + "\n")
             self._process.stdin.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # its end of the pipe is closed, or ours is
             msg = f"The worker {self._title} had ended (exit status {self._process.wait()})."
             raise WorkerError(msg) from error
         return self._answer()
@@ -119,13 +119,14 @@ class Process:
     def kill(self) -> None:
         """End it at once."""
         self._process.kill()
-        self._process.wait()
+        self.close()
 
     def close(self) -> None:
         """Let it end by itself."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with contextlib.suppress(OSError):  # what it has not read is lost
+                stream.close()
         self._process.wait()
 
 
