@@ -5,8 +5,8 @@
     python -m benchmarks.cost
     python -m benchmarks.cost --quick
 
-The net is a residual ReLU net. Times are the processor's, on one thread; within a round all sizes take a
-turn, in random order, and differences and ratios are of one round.
+The net is a residual ReLU net. Times are the processor's, on one thread; within a round all sizes
+take a turn, in random order, and differences and ratios are of one round.
 """
 
 from __future__ import annotations
@@ -198,11 +198,14 @@ def draw(
     with style():
         figure, axes = new_axes(2, width=6.2, height=5.4)
         figure.suptitle(SWEEPS[sweep][1], x=0.01, ha="left")
-        colors = dict(zip(SECONDS, PALETTE)) | dict(
-            zip(RATIOS, (PALETTE[1], PALETTE[3], PALETTE[4]))
+        colors = dict(zip(SECONDS, PALETTE, strict=False)) | dict(
+            zip(RATIOS, (PALETTE[1], PALETTE[3], PALETTE[4]), strict=True)
         )
         for ax, drawn, unit in zip(
-            axes, (seconds, ratios), ("processor time, seconds", "ratio of times in one round")
+            axes,
+            (seconds, ratios),
+            ("processor time, seconds", "ratio of times in one round"),
+            strict=True,
         ):
             for name, series in drawn.items():
                 _curve(ax, x, series, colors[name], _label(name, series))
@@ -241,14 +244,12 @@ def _curve(ax: Any, x: Sequence[float], series: Series, color: Any, label: str) 
         ax.plot(at, np.exp(height) * at**slope, "--", color=color, linewidth=1)
 
 
-def rows(
-    sweep: str, x: Sequence[float], kind: str, found: Mapping[str, Series]
-) -> list[list[Any]]:
+def rows(sweep: str, x: Sequence[float], kind: str, found: Mapping[str, Series]) -> list[list[Any]]:
     """Lines of the CSV."""
     return [
         [sweep, kind, name, at, point.value, point.low, point.high]
         for name, series in found.items()
-        for at, point in zip(x, series.points)
+        for at, point in zip(x, series.points, strict=True)
     ]
 
 

@@ -6,8 +6,8 @@
     python -m benchmarks.hessian --quick      # small problems, few rounds
     python -m benchmarks.hessian --no-peers   # the library alone
 
-Only one process is active at a time. Within a round all tools take a turn, in random order, and each
-product is divided by the gradient that the same process has just computed.
+Only one process is active at a time. Within a round all tools take a turn, in random order, and
+each product is divided by the gradient that the same process has just computed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks import hessian_tables
 from benchmarks.hessian_problems import CASES
-from benchmarks.references import K, Disagreement, load_or_compute, true_error
+from benchmarks.references import Disagreement, K, load_or_compute, true_error
 from benchmarks.reporting import RESULTS, environment, say
 from benchmarks.timing import ROOT, Median, Process, WorkerError
 from benchmarks.tools import KINDS
@@ -185,7 +185,7 @@ def time_products(
             say(f"  blocks of {vectors}: round {number + 1} of {rounds}")
         for name in steps:
             one, times = participants[name].found, np.median(seconds[name], axis=0)
-            walls, processors = zip(*ratios[name])
+            walls, processors = zip(*ratios[name], strict=True)
             one.setdefault("gradients", {})[str(vectors)] = asdict(Median.of(walls))
             one.setdefault("processor", {})[str(vectors)] = asdict(Median.of(processors))
             one.setdefault("gradient_s", {})[str(vectors)] = float(times[0])

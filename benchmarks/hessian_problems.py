@@ -1,8 +1,12 @@
-"""The losses whose Hessians are multiplied. Needs nothing but torch: other tools' environments read it."""
+"""The losses whose Hessians are multiplied.
+
+Needs nothing but torch: the environment of other tools reads it, too.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -135,8 +139,8 @@ def transformer(batch: int = 4, length: int = 32, width: int = 128) -> HessianPr
     )  # fmt: skip
 
 
-def math_transformer(batch: int = 4, length: int = 32, width: int = 128) -> HessianProblem:
-    problem = transformer(batch, length, width)
+def math_transformer(**sizes: int) -> HessianProblem:
+    problem = transformer(**sizes)
     problem.title = problem.title.replace("fused attention", "attention not fused")
     problem.model = MathAttention(problem.model)
     return problem
@@ -152,7 +156,7 @@ def tiny(samples: int = 256) -> HessianProblem:
     torch.manual_seed(0)
     widths = [16, 32, 32]
     layers: list[nn.Module] = []
-    for inside, outside in zip(widths, widths[1:]):
+    for inside, outside in itertools.pairwise(widths):
         layers += [nn.Linear(inside, outside), nn.Tanh()]
     model = nn.Sequential(*layers, nn.Linear(32, 5))
     return _classify(f"tanh MLP of 1765 parameters, {samples} samples", model, samples, (16,), 5)
@@ -191,6 +195,8 @@ CASES: dict[str, Case] = {
     "fc": Case("residual net", residual_net, {"depth": 8, "width": 32, "samples": 250}),
     "lstm": Case("LSTM", lstm, {"batch": 8, "length": 8, "width": 32}),
     "transformer": Case("transformer", math_transformer, {"batch": 1, "length": 8, "width": 32}),
-    "fused": Case("transformer, fused attention", transformer, {"batch": 1, "length": 8, "width": 32}),
+    "fused": Case(
+        "transformer, fused attention", transformer, {"batch": 1, "length": 8, "width": 32}
+    ),
     "resnet20": Case("ResNet-20", resnet20, {"batch": 2, "side": 8}),
 }

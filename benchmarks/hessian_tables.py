@@ -50,7 +50,8 @@ def text(problem: Mapping[str, Any]) -> str:
     )
     lines = [
         f"{problem['title']}, n = {problem['size']}",
-        f"  {'gradients for a product [95 %]':24}  {'one vector':21}  {f'in blocks of {block}':21}  "
+        f"  {'gradients for a product [95 %]':30}  {'one vector':21}  "
+        f"{f'in blocks of {block}':21}  "
         f"{'ms':>9}  {'ms, block':>9}  {'build, s':>8}  {'first, s':>8}  {'peak, MiB':>9}  "
         f"{'block':>6}",
     ]

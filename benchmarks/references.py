@@ -43,7 +43,7 @@ def plain_operator(problem: HessianProblem) -> LinearOperator:
 
     def multiply(vector: Any) -> Any:
         flat = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float64).ravel())
-        parts = [v.view(p.shape) for v, p in zip(flat.split(sizes), parameters)]
+        parts = [v.view(p.shape) for v, p in zip(flat.split(sizes), parameters, strict=True)]
         found = torch.autograd.grad(gradient, parameters, parts, retain_graph=True)
         return torch.cat([part.reshape(-1) for part in found]).numpy()
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.hessian_problems import CASES, HessianProblem
-from benchmarks.tools import KINDS, OutOfTimeError, Tool
+from benchmarks.tools import KINDS, OutOfTimeError, Tool, Wanted
 from benchmarks.worker import serve
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -152,9 +152,8 @@ class Server:
         self, k: int, tolerance: float, seed: int, seconds: float, solver: str
     ) -> dict[str, Any]:
         found: list[Any] = []
-        wall, processor = clocked(
-            lambda: found.append(self.tool.top(k, tolerance, seed, seconds, solver))
-        )
+        wanted = Wanted(k, tolerance, seed, seconds, solver)
+        wall, processor = clocked(lambda: found.append(self.tool.top(wanted)))
         top = found[0]
         return {
             "wall": wall, "processor": processor, "peak_mib": self._memory.growth(),

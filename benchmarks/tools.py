@@ -50,6 +50,30 @@ class Counted:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a solver is asked for.
+
+    Parameters
+    ----------
+    k : int
+        How many eigenvalues, of largest magnitude.
+    tolerance : float
+    seed : int
+        Of the start.
+    seconds : float
+        After which it is stopped.
+    solver : str
+        One of the tool's ``solvers``.
+    """
+
+    k: int
+    tolerance: float
+    seed: int
+    seconds: float
+    solver: str = ""
+
+
+@dataclass(frozen=True)
 class Top:
     """What a solver returned.
 
@@ -94,7 +118,7 @@ class Tool:
         """How it multiplies, if it says so."""
         return None
 
-    def top(self, k: int, tolerance: float, seed: int, seconds: float, solver: str) -> Top:
+    def top(self, wanted: Wanted) -> Top:
         """The ``k`` eigenvalues of largest magnitude, as a user would ask for them.
 
         Raises
@@ -106,7 +130,7 @@ class Tool:
 
 
 class Ours(Tool):
-    """This library; ``choice`` is the argument ``engine``, and the default leaves it out."""
+    """The library itself; ``choice`` is the argument ``engine``, and the default leaves it out."""
 
     blocks = True
     choice: ClassVar[str] = "auto"
@@ -125,14 +149,14 @@ class Ours(Tool):
         found = getattr(self._operator, "engine", None)
         return None if found is None else str(found)
 
-    def top(self, k: int, tolerance: float, seed: int, seconds: float, solver: str) -> Top:
+    def top(self, wanted: Wanted) -> Top:
         from conditioning import eigenvalues
 
         operator: Any = self._operator
         # Below the public products, so that the solver sees the operator itself.
-        operator._matmat = Counted(operator._matmat, seconds)
+        operator._matmat = Counted(operator._matmat, wanted.seconds)
         try:
-            found = eigenvalues(operator, k, rtol=tolerance, seed=seed)
+            found = eigenvalues(operator, wanted.k, rtol=wanted.tolerance, seed=wanted.seed)
         finally:
             del operator._matmat
         values = [estimate.value for estimate in found.values]
@@ -161,23 +185,25 @@ class PyHessian(Tool):
         data = (problem.inputs, problem.targets)
         mode = [module.training for module in problem.model.modules()]
         self._hessian = hessian(problem.model, problem.loss, data=data, cuda=False)
-        for module, training in zip(problem.model.modules(), mode):
+        for module, training in zip(problem.model.modules(), mode, strict=True):
             module.training = training
         self._multiply = hessian_vector_product
         self._shapes = [p.shape for p in self._hessian.params]
         self._sizes = [p.numel() for p in self._hessian.params]
 
     def product(self, vectors: Tensor) -> Any:
-        parts = [v.view(s) for v, s in zip(vectors.split(self._sizes), self._shapes)]
+        parts = [v.view(s) for v, s in zip(vectors.split(self._sizes), self._shapes, strict=True)]
         return self._multiply(self._hessian.gradsH, self._hessian.params, parts)
 
-    def top(self, k: int, tolerance: float, seed: int, seconds: float, solver: str) -> Top:
-        torch.manual_seed(seed)
+    def top(self, wanted: Wanted) -> Top:
+        torch.manual_seed(wanted.seed)
         module: Any = sys.modules["pyhessian.hessian"]
-        counted = Counted(self._multiply, seconds)
+        counted = Counted(self._multiply, wanted.seconds)
         module.hessian_vector_product = counted
         try:
-            values, _ = self._hessian.eigenvalues(maxIter=POWER_STEPS, tol=tolerance, top_n=k)
+            values, _ = self._hessian.eigenvalues(
+                maxIter=POWER_STEPS, tol=wanted.tolerance, top_n=wanted.k
+            )
         finally:
             module.hessian_vector_product = self._multiply
         return Top([float(v) for v in values], None, counted.count, f"maxIter={POWER_STEPS}")
@@ -196,16 +222,16 @@ class Curvlinops(Tool):
     def product(self, vectors: Tensor) -> Any:
         return self._operator @ vectors
 
-    def top(self, k: int, tolerance: float, seed: int, seconds: float, solver: str) -> Top:
+    def top(self, wanted: Wanted) -> Top:
         import numpy as np
         from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
         inner = self._operator.to_scipy()
-        counted = Counted(inner.matvec, seconds)
+        counted = Counted(inner.matvec, wanted.seconds)
         limited = LinearOperator(inner.shape, matvec=counted, dtype=inner.dtype)
-        start = np.random.default_rng(seed).standard_normal(inner.shape[0])
+        start = np.random.default_rng(wanted.seed).standard_normal(inner.shape[0])
         try:
-            found = eigsh(limited, k, which="LM", tol=tolerance, v0=start,
+            found = eigsh(limited, wanted.k, which="LM", tol=wanted.tolerance, v0=start,
                           return_eigenvectors=False)  # fmt: skip
         except ArpackNoConvergence as error:
             return Top(list(map(float, error.eigenvalues)), False, counted.count, str(error))
@@ -226,24 +252,30 @@ class Eigenthings(Tool):
     def product(self, vectors: Tensor) -> Any:
         return self._operator.matvec(vectors)
 
-    def top(self, k: int, tolerance: float, seed: int, seconds: float, solver: str) -> Top:
+    def top(self, wanted: Wanted) -> Top:
         from hessian_eigenthings import deflated_power_iteration, lanczos
 
         operator: Any = self._operator
-        counted = Counted(operator.matvec, seconds)
+        counted = Counted(operator.matvec, wanted.seconds)
         operator.matvec = counted
         try:
-            if solver == "power":
+            if wanted.solver == "power":
                 found = deflated_power_iteration(
-                    operator, k=k, max_iter=POWER_STEPS, tol=tolerance, seed=seed
+                    operator,
+                    k=wanted.k,
+                    max_iter=POWER_STEPS,
+                    tol=wanted.tolerance,
+                    seed=wanted.seed,
                 )
             else:
-                steps = {} if solver.endswith("default") else {"max_iter": 60}
-                found = lanczos(operator, k=k, tol=tolerance, seed=seed, **steps)
+                steps = {} if wanted.solver.endswith("default") else {"max_iter": 60}
+                found = lanczos(
+                    operator, k=wanted.k, tol=wanted.tolerance, seed=wanted.seed, **steps
+                )
         finally:
             del operator.matvec
         values = [float(v) for v in found.eigenvalues]
-        return Top(values, bool(found.converged.all()), counted.count, solver)
+        return Top(values, bool(found.converged.all()), counted.count, wanted.solver)
 
 
 @dataclass(frozen=True)
