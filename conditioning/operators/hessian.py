@@ -49,9 +49,12 @@ class HessianOperator(LossOperator):
     r"""The Hessian :math:`\nabla^2 L(\theta)` of a loss, known by its products.
 
     The gradient's graph is built once per batch and kept; a product is one backward
-    pass through it. If the graphs of all batches do not fit ``memory_budget``, each is
-    rebuilt once per block of vectors. The model's parameters, ``.grad``, buffers and
-    mode, and every global random state, are left as they are.
+    pass through it. If the graphs of all batches do not fit ``memory_budget``, as many are kept
+    as fit, and the others are rebuilt once per block of vectors. If the graph of one batch alone
+    does not fit, only what enters the model's blocks is kept, and every product runs the blocks
+    again: about a third of the memory, twice the time, the same numbers up to rounding. The
+    model's parameters, ``.grad``, buffers and mode, and every global random state, are left as
+    they are.
 
     Parameters
     ----------
@@ -73,15 +76,19 @@ class HessianOperator(LossOperator):
     reduction : {"mean", "sum"}
         How the batches' losses add up: weighted by their sizes, or as they are.
     check : bool
-        Evaluate twice and multiply three vectors, to see that the loss is finite, has
-        second derivatives, does not depend on chance, gives a symmetric operator, and, on the
-        first batch, is not at a kink (``NonsmoothPointWarning``).
+        Evaluate twice, to see that the loss is finite, has second derivatives, and does not
+        depend on chance; and on the first batch multiply two vectors, to see that the operator
+        is symmetric and not at a kink (``NonsmoothPointWarning``). About 7 gradients for one
+        batch. Without it a graph is not measured before it is built, so one batch alone is
+        always kept whole.
     batch_size_fn : callable, optional
         ``batch -> number``: the batch's weight in the mean. Default: the leading axis of
         the targets, or of the first tensor among the inputs. Give the number of terms
         that the loss averages where that is another one (tokens that are not padding).
     memory_budget : int, optional
-        Bytes that kept graphs may hold. Default: a quarter of what is free.
+        Bytes that kept graphs may hold. Default: a quarter of what is free, and half of it for
+        the graph of one batch. A model without blocks is built whole in any case, with a
+        ``LargeGraphWarning``.
     process_group : "auto", ProcessGroup or None
         Ranks whose batches the loss is taken over, so that each has the products of the mean over
         all samples: ``"auto"`` takes all ranks if the model is wrapped in DDP or sharded; then

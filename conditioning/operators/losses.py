@@ -382,7 +382,10 @@ class LossOperator(LinearOperator):
         return segmented(list(self._owners.values()), self._parameters, self.device)
 
     def _graph_limit(self) -> int | None:
-        """Bytes that one graph may hold before it is built in segments."""
+        """Bytes that one graph may hold before it is built in segments.
+
+        The budget is for what is kept: of several batches one graph has to fit, kept or not.
+        """
         if self._checkpointed or self._whole_because or self._kept is not None:
             return None
         if self._shards is not None:  # gathering keeps one order on all ranks, segments change it
