@@ -95,6 +95,13 @@ class HessianOperator(LossOperator):
         every rank must multiply the same vectors. ``None`` keeps a rank to itself. With
         parameters sharded along their first axis (``fully_shard``), vectors are sharded too:
         ``H @ v`` takes and gives the ``H.local_size`` entries of this rank.
+    engine : {"auto", "retained", "linearized", "compiled"}
+        How products are computed. ``"retained"`` goes through the kept graph of the gradient.
+        ``"linearized"`` writes that pass down as a list of operations, once, and keeps what does
+        not depend on the vector; ``"compiled"`` compiles that list. Both are compared with the
+        retained graph on first use and fall back to it. ``"auto"`` begins with the retained graph
+        and builds another when the time spent on products has come to what building takes; it
+        stays with what is fastest. Named, the engine gives equal bits from run to run.
 
     Attributes
     ----------
@@ -102,6 +109,8 @@ class HessianOperator(LossOperator):
         ``(n, n)``.
     num_matvecs : int
         Products so far; a block of ``k`` vectors counts ``k``.
+    engine : Engine
+        What is in use, its cost in gradients, and why. Can be set to one of the names.
 
     Raises
     ------
