@@ -20,6 +20,7 @@ _PRODUCTS = {
     aten.mm.default: (aten.addmm.default, aten.addmm_.default),
     aten.bmm.default: (aten.baddbmm.default, aten.baddbmm_.default),
 }
+_IN_PLACE = "a product changes tensors in place that it did not make"
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 
 
@@ -119,8 +120,7 @@ def trace(
     if _mutates(traced.graph):
         traced = _make_fx(torch.func.functionalize(traced), tangents)
         if _mutates(traced.graph):
-            msg = "a product changes tensors in place that it did not make"
-            raise UntraceableError(msg)
+            raise UntraceableError(_IN_PLACE)
     _use_weight_gradients(traced.graph)
     graph, constants = _folded(traced, [], budget)
     return LinearProgram(graph, constants, present)
@@ -156,11 +156,17 @@ def _make_fx(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.Gr
     return make_fx(function)(*arguments)
 
 
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def _mutates(graph: fx.Graph) -> bool:
-    return any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        for node in graph.nodes
-    )
+    """Whether anything that depends on the vector is changed in place."""
+    moving: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not moving.isdisjoint(node.all_input_nodes):
+            moving.add(node)
+    return any(_is_mutable(node) for node in moving)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -178,6 +184,7 @@ def _folded(
     spare = iter(leading)
     values: dict[fx.Node, Any] = {}
     held = {_storage(t) for t in leading}
+    kept = set(held)  # what belongs to the retained graph, or to the model
     extra = 0.0
     for node in nodes:
         if node.op == "placeholder":
@@ -187,10 +194,11 @@ def _folded(
         elif node.op == "get_attr":
             values[node] = getattr(traced, str(node.target))
             held.add(_storage(values[node]))
+            kept.add(_storage(values[node]))
         elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
-            arguments, keywords = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*arguments, **keywords)
-            value = values[node]
+            if _is_mutable(node) and _storage(values[node.args[0]]) in kept:
+                raise UntraceableError(_IN_PLACE)
+            value = values[node] = _at(node, values)
             if isinstance(value, Tensor) and _storage(value) not in held:
                 held.add(_storage(value))
                 extra += value.untyped_storage().nbytes()
@@ -245,7 +253,9 @@ def _batched(
 
 def _at(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     arguments, keywords = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    return node.target(*arguments, **keywords)  # type: ignore[operator]
+    # Products made in another way may come in another layout, which not every view allows.
+    target = aten.reshape.default if node.target in _RESHAPES else node.target
+    return target(*arguments, **keywords)  # type: ignore[operator]
 
 
 def _batched_node(
@@ -356,6 +366,9 @@ def _with_fused_sums(graph: fx.Graph) -> fx.Graph:
         for product, other in (node.args[::-1], node.args):
             if _fuse(copied, node, product, other, fresh):
                 break
+    for node in copied.nodes:
+        if node.target in _RESHAPES:  # as in _at
+            node.target = aten.reshape.default
     copied.eliminate_dead_code()
     return copied
 
