@@ -351,9 +351,12 @@ class _Job:
         # Both ways where that costs little; the slower one is not worth a compilation.
         last = was.blocks if was else multiplier.choice
         kinds = ["loop"] if not many else [last] if engine == "compiled" else ["loop", "batched"]
+        built = self._built(engine, kinds)
+        if not built:
+            return
         head = self.block[: self._width()] if many else self.block[:1]
         expected = self._retained(head)
-        ways = [w for w in self._built(engine, kinds) if self._agrees(w, head, expected)]
+        ways = [way for way in built if self._agrees(way, head, expected)]
         if not ways:
             return
         if multiplier._adopted.get(many) == engine and len(ways) == 1:
