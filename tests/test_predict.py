@@ -1,4 +1,4 @@
-"""Runs that cannot certify are stopped; those that can are not, and neither is told apart by luck."""
+"""Runs that cannot certify are stopped with their price; those that can are not."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def shortcut_hessian(width, depth, scale, span=2):
 CERTIFIED = {
     "shortcuts, zero weights": lambda: shortcut_hessian(12, 8, 0.0),
     "shortcuts, wide": lambda: shortcut_hessian(24, 4, 0.0),
-    "shortcuts, perturbed": lambda: shortcut_hessian(12, 8, 1e-2),
-    "a gap of 1 to 30": lambda: diagonal(np.concatenate([np.linspace(1, 30, 3000), [-1.0]])),
+    "shortcuts, perturbed": lambda: shortcut_hessian(8, 8, 1e-2),
+    "a gap of 1 to 12": lambda: diagonal(np.concatenate([np.linspace(1, 12, 3000), [-1.0]])),
     "150 distinct values over four orders": lambda: diagonal(np.repeat(np.logspace(-2, 0, 60), 50)),
-    "close to n": lambda: diagonal(np.linspace(-1, 1, 600) ** 3 + 1e-4),
+    "close to n": lambda: diagonal(np.linspace(-1, 1, 300) ** 3 + 1e-4),
 }
 
 

@@ -52,10 +52,11 @@ def test_what_a_restarted_run_excludes_is_told_by_its_polynomial():
     weights = ((vectors.T @ start) / start.norm()).abs().log().numpy()
     logs = np.log(np.abs(values.numpy()[:, None] - roots)).sum(axis=1) + weights
     bulk = np.abs(values.numpy()) < 1.05  # the rest has P = 0 to rounding, in both
-    assert run.jacobi.log_norm == pytest.approx(np.logaddexp.reduce(2 * logs[bulk]) / 2, abs=1e-2)
+    size = np.logaddexp.reduce(2 * logs[bulk]) / 2
+    assert run.jacobi.log_norm == pytest.approx(size, abs=1e-2)
     end = run.jacobi.right_end(inverse_weight(200, 1e-6))
-    assert 1.4 < end < 1.4 * 1.001
-    assert 1.2 < run.jacobi.mirrored().right_end(inverse_weight(200, 1e-6)) < 1.2 * 1.01
+    assert 1.4 - run.guard < end < 1.4 * 1.001
+    assert 1.2 - run.guard < run.jacobi.mirrored().right_end(inverse_weight(200, 1e-6)) < 1.2 * 1.01
 
 
 def test_before_the_basis_is_full_it_is_the_plain_run():

@@ -80,15 +80,24 @@ def certify(
     left = min(limit - used, by_memory - run.num_steps)
     probes = more_probes(run, generator, left)
     tenth = over_probes(probes, bounds.largest, bounds.threshold, size, allowed)
+    low = max(result.low, _by_mass(probes, bounds, size))
+    needed = needed_products(low, size)
     message = (
-        f"kappa >= {bounds.certain:.4g} is certain; stopped early, since certifying would take "
-        f"about {needed_products(bounds.certain, size):.2g} products or more and "
-        f"max_matvecs={limit} cannot suffice ({_dense_cost(run)}; stop_early=False goes on). "
+        f"kappa >= {low:.4g} is certain; stopped early, since certifying would take about "
+        f"{needed:.2g} products or more and max_matvecs={limit} cannot suffice "
+        f"({_dense_cost(run)}; stop_early=False goes on). "
     )
     message += f"kappa_10 >= {tenth.low:.4g}" if math.isinf(tenth.high) else f"kappa_10 = {tenth}"
     return replace(
-        result, message=message, num_matvecs=operator.num_matvecs - spent, kappa_10=tenth
-    )
+        result, value=low, low=low, message=message, num_matvecs=operator.num_matvecs - spent,
+        needed_matvecs=needed, kappa_10=tenth,
+    )  # fmt: skip
+
+
+def _by_mass(probes: list[Probe], bounds: Bounds, size: int) -> float:
+    """Certain lower bound of the condition number from shares, which need no settled Ritz pair."""
+    radius = SpectralMeasure(probes, size).some_within(bounds.threshold)
+    return max(bounds.largest.low / radius, 1.0)
 
 
 def is_exhausted(run: LanczosRun, options: Options) -> bool:
@@ -130,8 +139,12 @@ def _conclude(
     nullity = _nullity(run, bounds, options)
     exhausted = run.closed and bounds.ratio <= 1 + options.rtol
     smallest = bounds.smallest
-    value, low, high = bounds.certain, bounds.certain, math.inf
-    status, message = _judge(run, bounds, exhausted=exhausted)
+    low = bounds.certain
+    if math.isinf(bounds.ratio):
+        probe = Probe(run.jacobi, run.start_norm**2, run.guard)
+        low = max(low, _by_mass([probe], bounds, run.operator.shape[0]))
+    value, high = low, math.inf
+    status, message = _judge(run, bounds, low, exhausted=exhausted)
     if status in ("exhausted", "certified", "depends on threshold") and smallest is not None:
         high = bounds.largest.high / smallest.low if smallest.low > 0 else math.inf
         value = max(bounds.largest.value / smallest.value, 1.0) if math.isfinite(high) else low
@@ -149,7 +162,9 @@ def _conclude(
     )  # fmt: skip
 
 
-def _judge(run: LanczosRun, bounds: Bounds, *, exhausted: bool) -> tuple[Status, str]:
+def _judge(
+    run: LanczosRun, bounds: Bounds, certain: float, *, exhausted: bool
+) -> tuple[Status, str]:
     """Status and what it means here."""
     scale, smallest = bounds.largest.value, bounds.smallest
     noisy = bounds.threshold > 1.01 * bounds.wanted_threshold
@@ -179,10 +194,10 @@ def _judge(run: LanczosRun, bounds: Bounds, *, exhausted: bool) -> tuple[Status,
             f"probability at least 1 - {bounds.failure_probability:g}"
         )
     return "lower bound only", (
-        f"kappa >= {bounds.certain:.4g} is certain (an eigenvalue of size at most "
-        f"{smallest.high:.3g} exists), nothing below it is excluded down to the zero threshold "
-        f"yet; certifying would take "
-        f"about {needed_products(bounds.certain, run.operator.shape[0]):.2g} products or more, "
+        f"kappa >= {certain:.4g} is certain (an eigenvalue of size at most "
+        f"{scale / certain:.3g} exists), nothing below it is excluded down to the zero threshold "
+        f"yet; certifying would take about "
+        f"{needed_products(certain, run.operator.shape[0]):.2g} products or more, "
         f"{_dense_cost(run)}"
     )
 

@@ -73,6 +73,20 @@ class SpectralMeasure:
         high = np.minimum(right[1] - left[0][::-1], 1.0)
         return np.maximum.accumulate(low), np.minimum.accumulate(high[::-1])[::-1]
 
+    def some_within(self, threshold: float) -> float:
+        """A radius that surely has an eigenvalue with ``threshold < |lambda| < radius``.
+
+        Its share exceeds all that may lie within the threshold: certain, whatever the probes are.
+        Infinite where none is found.
+        """
+        scale = max(p.jacobi.scale for p in self.probes)
+        if not 0 < threshold < scale:
+            return math.inf
+        radii = np.geomspace(threshold, 2 * scale, 1000)
+        low, high = self.within(radii)
+        found = np.flatnonzero(low > high[0] + 1e-12)
+        return float(radii[found[0]]) if len(found) else math.inf
+
     def nodes(self, absolute: bool) -> tuple[Array, Array]:
         """Pooled Gauss nodes, ascending, with weights that sum to one."""
         nodes = np.concatenate([p.jacobi.ritz_values for p in self.probes])

@@ -111,12 +111,12 @@ def width_of(estimate: Estimate) -> float:
 
 
 def more_probes(run: LanczosRun, generator: torch.Generator, left: int) -> list[Probe]:
-    """A run as the first probe, and two more of up to 80 steps within ``left`` products.
+    """A run as the first probe, and two more of up to 80 steps.
 
-    They are never more products than the run took, and have room beside its basis.
+    They take at most half of ``left``, and no more products than the run took.
     """
     probes = [Probe(run.jacobi, run.start_norm**2, run.guard)]
-    steps = min(_DEPTH, left // 2, run.num_steps // 2)
+    steps = min(_DEPTH, left // 4, run.num_steps // 2)
     for _ in range(2 if steps >= _FEWEST else 0):
         other = LanczosRun(run.operator, start_for(run.operator, generator), max_steps=steps)
         other.noise = run.noise
