@@ -170,3 +170,18 @@ def test_bad_input():
         survey(np.ones((3, 4)), 100)
     with pytest.raises(NonFiniteError):
         survey(np.full((20, 20), np.nan), 100, dense=False)
+
+
+@pytest.mark.parametrize("budget", [80, 200, 500])
+def test_kappa_is_never_said_to_be_less_than_kappa_10(budget):
+    values = torch.linspace(-1, 1, 3000, dtype=torch.float64)
+    operator = FunctionOperator(lambda v: values * v, (3000, 3000), torch.float64, symmetric=True)
+    found = survey(operator, budget, dense=False)
+    assert found.condition.status == "lower bound only"
+    assert found.condition.low <= 1 / float(values.abs().min())
+    # Only where a tenth of the spectrum may be zero for all that is known, it does not follow.
+    sure = found.condition10.smallest.low > found.condition.zero_threshold
+    assert sure or budget < 500
+    if sure:
+        assert found.condition.low >= found.condition10.low
+    assert found.condition.needed_matvecs == min(int(18 * found.condition.low), 3000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from conditioning.spectrum.density import trace
 from conditioning.spectrum.full import NAN, full_spectrum, zero_operator
 from conditioning.spectrum.measure import Probe, SpectralMeasure, inverse_weight
 from conditioning.spectrum.percentile import over_percentile
+from conditioning.spectrum.predict import needed_products
 from conditioning.spectrum.results import ConditionNumber, Estimate, Result, Status
 
 _CHUNK = 10  # steps between two looks at the clock
@@ -295,8 +296,10 @@ class _Walk:
         """All that is known."""
         deep, size = self._run, self._operator.shape[0]
         allowed = self._options.failure_probability
-        condition = self._condition()
         measure = SpectralMeasure(self._probes, size)
+        condition = self._condition()
+        tenth = self._tenth(measure, condition.largest)
+        condition = self._raised(condition, tenth, measure)
         nodes, weights = measure.nodes(absolute=False)
         steps = self._probes[-1].jacobi.size
         others = len(self._probes) - 1
@@ -306,11 +309,36 @@ class _Walk:
         if self._stopped:
             message += ", ended early"
         return SpectrumSurvey(
-            size, *self._ends(), condition, self._tenth(measure, condition.largest),
+            size, *self._ends(), condition, tenth,
             self._index(measure), self._trace, nodes, weights,
             {q: measure.quantile(q, allowed, absolute=False) for q in _QUANTILES},
             self._used, len(self._probes), self._stopped, self._interrupted, message,
         )  # fmt: skip
+
+    def _raised(
+        self, condition: ConditionNumber, tenth: ConditionNumber, measure: SpectralMeasure
+    ) -> ConditionNumber:
+        """A lower bound that knows what the other probes know.
+
+        Shares of all probes give a certain one. Where the percentile is not zero, no smaller
+        eigenvalue is larger than it, so that kappa is at least kappa_10.
+        """
+        if condition.status != "lower bound only":
+            return condition
+        radius = measure.some_within(condition.zero_threshold)
+        low = max(condition.low, condition.largest.low / radius)
+        message = condition.message
+        if low > condition.low:
+            message = f"kappa >= {low:.4g} is certain from the shares of all probes; " + message
+        if tenth.low > low and tenth.smallest.low > condition.zero_threshold:
+            low = tenth.low
+            chance = self._options.failure_probability
+            message = (
+                f"kappa >= kappa_10 >= {low:.4g} with probability at least 1 - {chance:g}; "
+                + message
+            )
+        needed = needed_products(low, self._operator.shape[0])
+        return replace(condition, value=low, low=low, message=message, needed_matvecs=needed)
 
     def _ends(self) -> tuple[Estimate, Estimate]:
         """The two ends of the spectrum, over all runs."""
