@@ -81,9 +81,14 @@ def certify(
     probes = more_probes(run, generator, left)
     tenth = over_probes(probes, bounds.largest, bounds.threshold, size, allowed)
     low = max(result.low, _by_mass(probes, bounds, size))
+    certain = f"kappa >= {low:.4g} is certain"
+    if math.isfinite(tenth.high) and tenth.low > low:
+        # The percentile is above the threshold, and no smaller one that is kept is above it.
+        low = tenth.low
+        certain += f", and >= {low:.4g} with probability 1 - {options.failure_probability:g}"
     needed = needed_products(low, size)
     message = (
-        f"kappa >= {low:.4g} is certain; stopped early, since certifying would take about "
+        f"{certain}; stopped early, since certifying would take about "
         f"{needed:.2g} products or more and max_matvecs={limit} cannot suffice "
         f"({_dense_cost(run)}; stop_early=False goes on). "
     )
