@@ -20,6 +20,7 @@ from benchmarks.tools import KINDS
 README = ROOT / "README.rst"
 BEGIN = ".. The table of the benchmark begins: python -m benchmarks.hessian_tables\n"
 END = ".. The table of the benchmark ends.\n"
+_BUSY = 1.5  # load average of a machine that does something else, too
 #: Columns of the README's table: a tool, and the solver whose top-5 is quoted.
 COLUMNS = {
     "auto": "",
@@ -189,6 +190,13 @@ def rst(report: Mapping[str, Any]) -> str:
         "seconds, largest true error",
         r"(relative); \*: the tool itself does not say that all have converged.",
     ]
+    if report["preset"]["quick"]:
+        lines.append("Small problems (``make bench-quick``), a single start.")
+    load = max(problem["load average before"] for problem in report["problems"].values())
+    if load > _BUSY:
+        lines.append(
+            f"Provisional: measured while the machine was busy (load average up to {load:.1f})."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -202,9 +210,20 @@ def inserted(page: str, table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
+def committed() -> dict[str, Any]:
+    """The results that the README shows: of the full run, or else of the quick one."""
+    paths = [reporting.RESULTS / f"{name}.json" for name in ("hessian", "hessian_quick")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        msg = f"There are no results in {reporting.RESULTS}: run python -m benchmarks.hessian."
+        raise FileNotFoundError(msg)
+    report: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return report
+
+
 def main() -> None:
     """Write the table of the committed results into the README."""
-    report = json.loads((reporting.RESULTS / "hessian.json").read_text("utf-8"))
+    report = committed()
     README.write_text(inserted(README.read_text("utf-8"), rst(report)), "utf-8")
 
 

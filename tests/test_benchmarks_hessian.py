@@ -379,10 +379,10 @@ def report():
         "packages": {"torch": "2.13.0"},
     }  # fmt: skip
     problem = {
-        "name": "LSTM", "title": "an LSTM", "size": 100, "tools": tools,
+        "name": "LSTM", "title": "an LSTM", "size": 100, "load average before": 0.1, "tools": tools,
         "reference": {"status": "certified", "check": "eigsh", "difference": 1e-15, "values": []},
     }  # fmt: skip
-    preset = {"block": 16, "k": 5, "tolerances": [1e-3]}
+    preset = {"quick": False, "block": 16, "k": 5, "tolerances": [1e-3]}
     return {"environment": where, "preset": preset, "problems": {"lstm": problem}}
 
 
@@ -421,9 +421,27 @@ def test_the_table_is_inserted_between_its_marks(report):
 
 
 def test_the_readme_has_the_table_of_the_committed_results():
-    committed = json.loads((ROOT / "benchmarks" / "results" / "hessian.json").read_text("utf-8"))
     page = (ROOT / "README.rst").read_text("utf-8")
-    assert hessian_tables.inserted(page, hessian_tables.rst(committed)) == page
+    table = hessian_tables.rst(hessian_tables.committed())
+    assert hessian_tables.inserted(page, table) == page
+
+
+def test_a_table_of_small_problems_or_of_a_busy_machine_says_so(report):
+    assert "Provisional" not in hessian_tables.rst(report)
+    assert "Small problems" not in hessian_tables.rst(report)
+    report["preset"]["quick"] = True
+    report["problems"]["lstm"]["load average before"] = 4.0
+    assert "Small problems" in hessian_tables.rst(report)
+    assert "load average up to 4.0" in hessian_tables.rst(report)
+
+
+def test_the_full_results_are_shown_before_the_quick_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(hessian_tables.reporting, "RESULTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"benchmarks\.hessian"):
+        hessian_tables.committed()
+    for name in ("hessian_quick", "hessian"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"name": name}))
+        assert hessian_tables.committed() == {"name": name}
 
 
 def test_the_table_is_restructured_text_without_a_complaint(report):
