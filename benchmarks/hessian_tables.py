@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -182,22 +183,22 @@ def rst(report: Mapping[str, Any]) -> str:
                 for tool, solver in COLUMNS.items()
             ]
     threads = where["torch threads"]
-    lines += [
-        "",
+    said = [
         f"{where['device']}, {where['cores']} cores, {threads} thread{'s' if threads > 1 else ''}, "
-        f"torch {where['packages']['torch']}, {where['date']}; {', '.join(versions)}. In",
-        f"parentheses: a vector in blocks of {block}. Of the five largest eigenvalues: products, "
-        "seconds, largest true error",
-        r"(relative); \*: the tool itself does not say that all have converged.",
+        f"torch {where['packages']['torch']}, {where['date']}; {', '.join(versions)}.",
+        f"In parentheses: a vector in blocks of {block}. Of the five largest eigenvalues: products, "
+        "seconds, largest true error (relative);",
+        r"\*: the tool itself does not say that all have converged.",
     ]
     if report["preset"]["quick"]:
-        lines.append("Small problems (``make bench-quick``), a single start.")
+        said.append("Small problems (``make bench-quick``), a single start.")
     load = max(problem["load average before"] for problem in report["problems"].values())
     if load > _BUSY:
-        lines.append(
+        said.append(
             f"Provisional: measured while the machine was busy (load average up to {load:.1f})."
         )
-    return "\n".join(lines) + "\n"
+    text = textwrap.fill(" ".join(said), 100, break_on_hyphens=False, break_long_words=False)
+    return "\n".join([*lines, "", text]) + "\n"
 
 
 def inserted(page: str, table: str) -> str:
