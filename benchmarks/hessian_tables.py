@@ -194,9 +194,7 @@ def rst(report: Mapping[str, Any]) -> str:
         said.append("Small problems (``make bench-quick``), a single start.")
     load = max(problem["load average before"] for problem in report["problems"].values())
     if load > _BUSY:
-        said.append(
-            f"Provisional: measured while the machine was busy (load average up to {load:.1f})."
-        )
+        said.append(f"Provisional: measured on a busy machine (load average up to {load:.1f}).")
     text = textwrap.fill(" ".join(said), 100, break_on_hyphens=False, break_long_words=False)
     return "\n".join([*lines, "", text]) + "\n"
 
