@@ -184,7 +184,7 @@ def rst(report: Mapping[str, Any]) -> str:
             ]
     threads = where["torch threads"]
     said = [
-        f"{where['device']}, {where['cores']} cores, {threads} thread{'s' if threads > 1 else ''}, "
+        f"{where['device']}, {where['cores']} cores, {threads} thread{'s' if threads > 1 else ''},",
         f"torch {where['packages']['torch']}, {where['date']}; {', '.join(versions)}.",
         f"In parentheses: a vector in blocks of {block}. Of the five largest eigenvalues: products, "
         "seconds, largest true error (relative);",

@@ -397,7 +397,7 @@ def test_the_table_says_what_was_measured(report):
         "stopped after 40 s (99 products)", "fails", "60, 1.5 s, 0.53\\*",
     ]  # fmt: skip
     for said in ("a processor, 2 cores, 1 thread,", "torch 2.13.0", "2026-01-01", "PyHessian 1.0"):
-        assert said in table
+        assert said in " ".join(table.split())
 
 
 def test_the_text_has_all_failures_with_their_reasons(report):
@@ -427,12 +427,14 @@ def test_the_readme_has_the_table_of_the_committed_results():
 
 
 def test_a_table_of_small_problems_or_of_a_busy_machine_says_so(report):
-    assert "Provisional" not in hessian_tables.rst(report)
-    assert "Small problems" not in hessian_tables.rst(report)
+    said = " ".join(hessian_tables.rst(report).split())
+    assert "Provisional" not in said
+    assert "Small problems" not in said
     report["preset"]["quick"] = True
     report["problems"]["lstm"]["load average before"] = 4.0
-    assert "Small problems" in hessian_tables.rst(report)
-    assert "load average up to 4.0" in hessian_tables.rst(report)
+    said = " ".join(hessian_tables.rst(report).split())
+    assert "Small problems" in said
+    assert "load average up to 4.0" in said
 
 
 def test_the_full_results_are_shown_before_the_quick_ones(tmp_path, monkeypatch):
