@@ -186,8 +186,8 @@ def rst(report: Mapping[str, Any]) -> str:
     said = [
         f"{where['device']}, {where['cores']} cores, {threads} thread{'s' if threads > 1 else ''},",
         f"torch {where['packages']['torch']}, {where['date']}; {', '.join(versions)}.",
-        f"In parentheses: a vector in blocks of {block}. Of the five largest eigenvalues: products, "
-        "seconds, largest true error (relative);",
+        f"In parentheses: a vector in blocks of {block}. Of the five largest eigenvalues:",
+        "products, seconds, largest true error (relative);",
         r"\*: the tool itself does not say that all have converged.",
     ]
     if report["preset"]["quick"]:
