@@ -211,7 +211,7 @@ def draw(
                 _curve(ax, x, series, colors[name], _label(name, series))
             ax.set(xscale="log", yscale="log", xlabel=LABELS[sweep], ylabel=unit)
             ax.set_xticks(x, [f"{at:,.0f}" for at in x])
-            ax.minorticks_off()
+            ax.xaxis.minorticks_off()
             if ax is axes[1]:
                 ax.axhline(1, color="0.5", linewidth=0.8, zorder=0)
                 _plain_decades(ax)
