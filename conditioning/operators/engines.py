@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 import weakref
@@ -366,7 +367,7 @@ class _Job:
         best = [float("inf")] * len(rivals)
         for _ in range(_ROUNDS):
             for index, rows in enumerate(rivals):
-                best[index] = min(best[index], timed(lambda rows=rows: rows(head))[1])
+                best[index] = min(best[index], timed(functools.partial(rows, head))[1])
         seconds, way = min(zip(best[1:], ways, strict=True), key=lambda pair: pair[0])
         if seconds > (1 - _GAIN) * best[0]:
             ratio = seconds / best[0]

@@ -134,7 +134,7 @@ def compiled(program: LinearProgram, tangents: Sequence[Tensor]) -> Callable[...
     arguments = [*program.constants, *tangents]
     # In this process: workers would stay behind.
     with torch.no_grad(), config.patch(compile_threads=1):
-        run: Callable[..., Any] = compile_fx(_executable(_copied(program.graph)), arguments)
+        run: Any = compile_fx(_executable(_copied(program.graph)), arguments)
         run(*arguments)
     return run
 
@@ -344,7 +344,8 @@ def _swapped(node: Any) -> fx.Node | None:
 
 
 def _trims_the_end(node: fx.Node) -> bool:
-    return node.target is aten.slice.Tensor and node.args[1] >= 2 and node.args[2] == 0  # type: ignore[operator]
+    arguments: Any = node.args
+    return bool(node.target is aten.slice.Tensor and arguments[1] >= 2 and arguments[2] == 0)
 
 
 def _with_fused_sums(graph: fx.Graph) -> fx.Graph:
