@@ -1,4 +1,4 @@
-"""Run checks in groups of processes over gloo: starting them is slow, so one group runs them all."""
+"""Checks in groups of processes over gloo; starting them is slow, so one group runs them all."""
 
 from __future__ import annotations
 

@@ -75,22 +75,14 @@ class Stretch:
             local = local.reshape(-1)[self.begin : self.end]
         self.leaf = local.requires_grad_() if tensor.requires_grad else local
 
-    def gather(self, local: Tensor) -> Tensor:
-        """Put the stretches of all ranks together."""
-        return self.gather_rows(local.reshape(-1)).view(self.shape)
-
     def gather_rows(self, local: Tensor) -> Tensor:
-        """As ``gather``, for entries of flat vectors: ``(m, ...)`` to ``(numel, ...)``."""
+        """Put the stretches of all ranks together: ``(m, ...)`` to ``(numel, ...)``."""
         tail = local.shape[1:]
         whole = self._group.all_gather(_padded(local, self._length).view(-1))
         return whole.view(-1, *tail)[: self.numel]
 
-    def scatter(self, whole: Tensor) -> Tensor:
-        """Add up over the ranks, and take this rank's stretch."""
-        return self.scatter_rows(whole.reshape(-1)).view(self.leaf.shape)
-
     def scatter_rows(self, whole: Tensor) -> Tensor:
-        """As ``scatter``, for entries of flat vectors: ``(numel, ...)`` to ``(m, ...)``."""
+        """Add up over the ranks, and take this rank's stretch: ``(numel, ...)`` to ``(m, ...)``."""
         tail = whole.shape[1:]
         padded = _padded(whole, self._length * self._group.size)
         local = self._group.reduce_scatter(padded.view(-1))
@@ -109,48 +101,44 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """This rank's entries to the whole tensor; one vector, or a block of them under vmap."""
+    """This rank's entries to the whole tensor."""
 
     @staticmethod
-    def forward(local: Tensor, stretch: Stretch) -> Tensor:
-        return stretch.gather(local)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
-        ctx.stretch = inputs[1]
+    def forward(ctx: Any, local: Tensor, stretch: Stretch) -> Tensor:
+        ctx.stretch = stretch
+        return _batched(local, stretch.gather_rows, stretch.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return _Scatter.apply(gradients[0], ctx.stretch), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, local: Tensor, stretch: Stretch) -> Any:
-        block = local.movedim(in_dims[0], -1)
-        rows = stretch.gather_rows(block.reshape(stretch.leaf.numel(), info.batch_size))
-        return rows.view(*stretch.shape, info.batch_size), len(stretch.shape)
 
 
 class _Scatter(torch.autograd.Function):
     """Sum over the ranks, and of the sum this rank's entries."""
 
     @staticmethod
-    def forward(whole: Tensor, stretch: Stretch) -> Tensor:
-        return stretch.scatter(whole)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
-        ctx.stretch = inputs[1]
+    def forward(ctx: Any, whole: Tensor, stretch: Stretch) -> Tensor:
+        ctx.stretch = stretch
+        return _batched(whole, stretch.scatter_rows, tuple(stretch.leaf.shape))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return _Gather.apply(gradients[0], ctx.stretch), None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, whole: Tensor, stretch: Stretch) -> Any:
-        block = whole.movedim(in_dims[0], -1)
-        rows = stretch.scatter_rows(block.reshape(stretch.numel, info.batch_size))
-        local = rows.reshape(*stretch.leaf.shape, info.batch_size)
-        return local, local.ndim - 1
+
+def _batched(tensor: Tensor, function: Callable[[Tensor], Tensor], shape: Any) -> Tensor:
+    """Apply a collective for flat vectors to a tensor, or to one with a hidden axis of vectors.
+
+    ``torch.autograd.grad(is_grads_batched=True)`` hides the axis in a tensor of its own kind, for
+    which collectives have no rule.
+    """
+    if not torch._C._functorch.is_legacy_batchedtensor(tensor):
+        return function(tensor.reshape(-1)).view(shape)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    block = torch._remove_batch_dim(tensor, level, 0, 0)
+    rows = function(block.reshape(len(block), -1 if block.numel() else 0).T)
+    return torch._add_batch_dim(rows.T.reshape(len(block), *shape), 0, level)
 
 
 class _Recipe(NamedTuple):
@@ -321,7 +309,7 @@ class Shards:
 
     def _cook(self, recipe: _Recipe) -> Tensor:
         with torch.no_grad():
-            whole = recipe.stretch.gather(recipe.stretch.leaf.detach())
+            whole = recipe.stretch.gather_rows(recipe.stretch.leaf.detach().reshape(-1))
             self._note(whole, recipe.stretch)
             return whole.as_strided(recipe.size, recipe.stride, recipe.offset)
 
