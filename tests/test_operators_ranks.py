@@ -143,9 +143,16 @@ def buckets_overlap_and_change_nothing(rank):
 
 def graphs_that_are_not_kept_give_the_same(rank):
     truth = _truth()
-    H = HessianOperator(_net(), LOSS, _batches(rank), process_group=_world(), memory_budget=0)
-    _close(H.dense(), truth.dense())
-    assert H._keep is (rank == 1)  # one batch is always kept
+    block = _block(truth.shape[0], 5)
+    x, y = _own(rank)
+    data = [(x[:2], y[:2]), (x[2:], y[2:])]
+    H = HessianOperator(_net(), LOSS, data, process_group=_world(), memory_budget=0)
+    _close(H @ block, truth @ block)
+    _close(H @ block[:, 0], truth @ block[:, 0])
+    S = HessianOperator(_fully_sharded(_net()), LOSS, data, memory_budget=0, check=False)
+    _close(S.whole(S @ S.local_part(block)), truth @ block)
+    assert not H._keep
+    assert not S._keep
 
 
 def a_model_in_ddp_is_taken_out_of_it(rank):

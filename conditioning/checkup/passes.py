@@ -31,7 +31,7 @@ from conditioning.errors import (
 from conditioning.norms import GradientNorms
 from conditioning.operators.batches import Batches, call_with, map_tensors, to_device
 from conditioning.operators.guards import BufferGuard, isolated_randomness
-from conditioning.operators.losses import scalar_loss
+from conditioning.operators.scalar import scalar_loss
 from conditioning.spectrum import Estimate
 from conditioning.spectrum.full import NAN
 

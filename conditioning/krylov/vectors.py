@@ -25,7 +25,7 @@ def inner(operator: LinearOperator, left: Tensor, right: Tensor) -> Tensor:
 def norm(operator: LinearOperator, vectors: Tensor) -> Tensor:
     """Euclidean norm of a vector, or of every column of a block."""
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=0)
-    if operator.local_size == operator.shape[1]:
+    if not operator.is_sharded:
         return norms
     return operator.sum_over_shards(norms.square()).sqrt()
 
@@ -37,7 +37,7 @@ def orthonormal(operator: LinearOperator, block: Tensor) -> tuple[Tensor, Tensor
     the Gram matrix only: Cholesky of it, twice, with a shift that keeps it definite (Fukaya,
     Kannan, Nakatsukasa, Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42, 2020).
     """
-    if operator.local_size == operator.shape[1]:
+    if not operator.is_sharded:
         q, r = torch.linalg.qr(block)
         return q, r
     total = torch.eye(block.shape[1], dtype=block.dtype, device=block.device)

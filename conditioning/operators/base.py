@@ -65,6 +65,11 @@ class LinearOperator:
         """Entries that this process holds of a vector of the domain: all ``n``, unless sharded."""
         return self.shape[1]
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold different entries of a vector."""
+        return False
+
     def local_part(self, vector: Tensor) -> Tensor:
         """Of a whole vector of the domain, the entries that this process holds."""
         return vector
@@ -80,6 +85,10 @@ class LinearOperator:
     def agree(self, flag: bool) -> bool:
         """Whether a process says so: what depends on memory or time is decided alike on all."""
         return flag
+
+    def least(self, value: int) -> int:
+        """The smallest over the processes, of bytes that are free and the like."""
+        return value
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         raise NotImplementedError
@@ -172,7 +181,7 @@ class LinearOperator:
         """The same map for ``scipy.sparse.linalg``: NumPy arrays in, NumPy arrays out."""
         from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator  # slow to import
 
-        if self.local_size != self.shape[1]:
+        if self.is_sharded:
             msg = (
                 "The vectors of this operator are sharded over ranks, and SciPy's methods know "
                 "nothing of that. Use eigenvalues() or condition_number()."

@@ -12,15 +12,11 @@ from torch import Tensor
 from conditioning.distributed import AUTO, group_for
 from conditioning.errors import (
     InvalidArgumentError,
-    LossWithoutGraphError,
-    NonScalarLossError,
     ParameterSelectionError,
 )
 from conditioning.memory import available_bytes
 from conditioning.operators import checks
-from conditioning.operators.base import LinearOperator
 from conditioning.operators.batches import (
-    Batches,
     call_with,
     map_tensors,
     same_tensors,
@@ -37,11 +33,11 @@ from conditioning.operators.guards import (
     fingerprint,
     isolated_randomness,
 )
+from conditioning.operators.lockstep import batches_of
 from conditioning.operators.modules import find_modules, join_names, named_modules
 from conditioning.operators.parallel import (
-    DataParallel,
-    check_together,
-    refuse_differences,
+    VectorsOfRanks,
+    checked_together,
     unwrapped,
     without_reducers,
 )
@@ -51,8 +47,9 @@ from conditioning.operators.parameters import (
     select_parameters,
     warn_of_mixed_dtypes,
 )
+from conditioning.operators.scalar import scalar_loss
 from conditioning.operators.segments import has_segments, segmented
-from conditioning.operators.sharded import LockstepBatches, can_shard, reshard, shards_of
+from conditioning.operators.sharded import can_shard, reshard, shards_of
 from conditioning.operators.sharded_checks import check_sharded_operator
 from conditioning.operators.sums import accumulate, wide
 from conditioning.operators.timing import time_operator
@@ -70,7 +67,7 @@ class _Held(NamedTuple):
     size: float
 
 
-class LossOperator(LinearOperator):
+class LossOperator(VectorsOfRanks):
     """A symmetric operator on the parameters of a loss, built from one graph per batch.
 
     A subclass implements :meth:`_graph`, which runs the model on one batch. The
@@ -112,7 +109,8 @@ class LossOperator(LinearOperator):
             if not callable(function) and not (role == "loss_fn" and function is None):
                 msg = f"{role} should be callable, got {type(function).__name__}."
                 raise InvalidArgumentError(msg)
-        together = group_for(process_group, _modules_in(model, params))
+        modules = [thing for thing in (model, params) if isinstance(thing, torch.nn.Module)]
+        together = group_for(process_group, modules)
         self._model = model = unwrapped(model)
         self._loss_fn = loss_fn
         self._owners = find_modules(
@@ -135,13 +133,10 @@ class LossOperator(LinearOperator):
         self._owned_then = self._owned_parameters()
         self._reduction = reduction
         self._memory_budget = memory_budget
-        options: dict[str, Any] = {"paired": loss_fn is not None, "batch_size_fn": batch_size_fn}
-        if self._shards is None:
-            self._batches = Batches(data, **options)
-        else:
-            self._batches = LockstepBatches(
-                self._shards.group, data, mean=self._needs_sizes, **options
-            )
+        self._batches = batches_of(
+            data, self._shards.group if self._shards else None, mean=self._needs_sizes,
+            paired=loss_fn is not None, batch_size_fn=batch_size_fn,
+        )  # fmt: skip
         self._engine = Multiplier(engine)
         self._gradient_seconds: float | None = None
         # The graphs of all batches; or of some, by their place, where not all of them fit.
@@ -159,42 +154,14 @@ class LossOperator(LinearOperator):
         n = self._layout.numel if self._shards is None else self._shards.numel
         super().__init__((n, n), self._layout.dtype, self._layout.device, symmetric=True)
         warn_of_mixed_dtypes(self._layout, stacklevel=_STACKLEVEL)
-        self._parallel: DataParallel | None = None
+        self._parallel = None
         if self._shards is not None:
             self._engine.choose("batched")
-            refuse_differences(self, self._shards.group)
-            if check:
-                check_sharded_operator(self, stacklevel=_STACKLEVEL)
+            check_sharded_operator(self, self._shards.group, check=check, stacklevel=_STACKLEVEL)
         elif together is not None:
-            refuse_differences(self, together)
-            check_together(self, together, check=check, stacklevel=_STACKLEVEL + 1)
-            self._parallel = DataParallel(together, self._layout)
+            self._parallel = checked_together(self, together, check=check, stacklevel=_STACKLEVEL)
         elif check:
             checks.check_loss_operator(self, stacklevel=_STACKLEVEL)
-
-    # Vectors of a sharded model are sharded as its parameters are.
-
-    @property
-    def local_size(self) -> int:
-        """Entries of a vector that this process holds: all ``n``, unless the model is sharded."""
-        return self._layout.numel
-
-    def local_part(self, vector: Tensor) -> Tensor:
-        """Of a whole vector ``(n,)`` or block ``(n, k)``, the entries that this process holds."""
-        return vector if self._shards is None else self._shards.local_part(vector)
-
-    def whole(self, part: Tensor) -> Tensor:
-        """Inverse of :meth:`local_part`: every process gets the whole vector or block."""
-        return part if self._shards is None else self._shards.whole(part)
-
-    def sum_over_shards(self, partial: Tensor) -> Tensor:
-        """Add up what the processes found on their entries: inner products, squared norms."""
-        return partial if self._shards is None else self._shards.sum(partial)
-
-    def agree(self, flag: bool) -> bool:
-        """Whether a process says so: what depends on memory or time is decided alike on all."""
-        together = self._shards or self._parallel
-        return flag if together is None else together.group.any(flag)
 
     # What a subclass provides.
 
@@ -339,7 +306,7 @@ class LossOperator(LinearOperator):
         if self._loss_fn is not None:
             with checks.translated_forward_errors(batch, self._parameters):
                 loss = self._loss_fn(outputs, targets)
-        share = self._batches.share if isinstance(self._batches, LockstepBatches) else 1.0
+        share = getattr(self._batches, "share", 1.0)  # of ranks that take one step together
         return scalar_loss(loss) if share == 1.0 else scalar_loss(loss) * share
 
     def _budget(self) -> int:
@@ -553,43 +520,5 @@ class LossOperator(LinearOperator):
         return max(64, self._engine.chunk) if self._keep else 256
 
 
-def _modules_in(*things: Any) -> list[torch.nn.Module]:
-    return [thing for thing in things if isinstance(thing, torch.nn.Module)]
-
-
 def _own(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_floating_point() else tensor
-
-
-def scalar_loss(loss: Any) -> Tensor:
-    """Return the loss as a 0-d tensor, if it is one real number with a graph."""
-    if not isinstance(loss, Tensor):
-        hint = (
-            " Leave out .item() and float()."
-            if isinstance(loss, (int, float))
-            else " Pass a callable that returns its loss, such as lambda batch: model(**batch).loss"
-            if hasattr(loss, "loss")
-            else ""
-        )
-        msg = f"The loss should be a tensor with one element, got {type(loss).__name__}.{hint}"
-        raise NonScalarLossError(msg)
-    if loss.numel() != 1:
-        msg = (
-            f"The loss should be one number, got shape {tuple(loss.shape)}. Reduce it (loss.mean() "
-            f"or loss.sum(); reduction='mean' in torch's losses)."
-        )
-        raise NonScalarLossError(msg)
-    if loss.dtype.is_complex:
-        msg = (
-            f"The loss is complex ({loss.dtype}), the Hessian here is that of a real number. "
-            f"Return its real part or absolute value."
-        )
-        raise NonScalarLossError(msg)
-    if not loss.requires_grad:
-        msg = (
-            "The loss has no autograd graph. Look for .detach(), .item(), .data, torch.no_grad(), "
-            "an integer or comparison on the way from the parameters to the loss, or parameters "
-            "whose requires_grad is off."
-        )
-        raise LossWithoutGraphError(msg)
-    return loss.reshape(())

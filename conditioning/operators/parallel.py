@@ -19,12 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from conditioning.distributed import Group, checksum, digest
 from conditioning.errors import RankMismatchError, UnsupportedParameterError
 from conditioning.operators import checks
+from conditioning.operators.base import LinearOperator
 from conditioning.operators.modules import join_names, named_modules
 from conditioning.operators.parameters import FlatLayout
 
 if TYPE_CHECKING:
     from conditioning.operators.graphs import LossGraph
     from conditioning.operators.losses import LossOperator
+    from conditioning.operators.sharded import Shards
 
 # As DistributedDataParallel's: large enough for the bandwidth, small enough to start early.
 BUCKET_BYTES = 25 * 2**20
@@ -83,6 +85,46 @@ class Reduction:
             msg = "Another rank failed in this product: see its own error."
             raise RankMismatchError(msg)
         return pieces, total
+
+
+class VectorsOfRanks(LinearOperator):
+    """A symmetric operator whose data, and with sharded parameters its vectors, lie on ranks."""
+
+    _layout: FlatLayout
+    _shards: Shards | None
+    _parallel: DataParallel | None
+
+    @property
+    def local_size(self) -> int:
+        """Entries of a vector that this process holds: all ``n``, unless the model is sharded."""
+        return self._layout.numel
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold different entries of a vector."""
+        return self._shards is not None
+
+    def local_part(self, vector: Tensor) -> Tensor:
+        """Of a whole vector ``(n,)`` or block ``(n, k)``, the entries that this process holds."""
+        return vector if self._shards is None else self._shards.local_part(vector)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Inverse of :meth:`local_part`: every process gets the whole vector or block."""
+        return part if self._shards is None else self._shards.whole(part)
+
+    def sum_over_shards(self, partial: Tensor) -> Tensor:
+        """Add up what the processes found on their entries: inner products, squared norms."""
+        return partial if self._shards is None else self._shards.sum(partial)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether a process says so: what depends on memory or time is decided alike on all."""
+        together = self._shards or self._parallel
+        return flag if together is None else together.group.any(flag)
+
+    def least(self, value: int) -> int:
+        """The smallest over the processes, of bytes that are free and the like."""
+        together = self._shards or self._parallel
+        return value if together is None else int(min(together.group.gather(value)))
 
 
 class DataParallel:
@@ -286,16 +328,20 @@ def refuse_differences(operator: LossOperator, group: Group) -> None:
         raise RankMismatchError(msg)
 
 
-def check_together(operator: LossOperator, group: Group, *, check: bool, stacklevel: int) -> None:
+def checked_together(
+    operator: LossOperator, group: Group, *, check: bool, stacklevel: int
+) -> DataParallel:
     """Let every rank check what it has, and raise on all what one of them met."""
+    refuse_differences(operator, group)
     error = None
     try:
         if check:
-            checks.check_loss_operator(operator, stacklevel=stacklevel)
+            checks.check_loss_operator(operator, stacklevel=stacklevel + 1)
     except Exception as found:
         error = found
     group.raise_together(error)
     operator._value = None  # that of this rank's data alone
+    return DataParallel(group, operator._layout)
 
 
 def _mark_of(tensor: Tensor) -> tuple[Any, ...]:

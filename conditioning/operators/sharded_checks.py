@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from conditioning.distributed import Group
 from conditioning.errors import (
     AsymmetricOperatorError,
     BatchNormTrainingError,
@@ -20,13 +21,16 @@ from conditioning.errors import (
 from conditioning.operators.checks import exact, random_message
 from conditioning.operators.guards import isolated_randomness
 from conditioning.operators.modules import join_names, random_modules, tracking_norms
+from conditioning.operators.parallel import refuse_differences
 
 if TYPE_CHECKING:
     from conditioning.operators.graphs import LossGraph
     from conditioning.operators.losses import LossOperator
 
 
-def check_sharded_operator(operator: LossOperator, stacklevel: int) -> None:
+def check_sharded_operator(
+    operator: LossOperator, group: Group, *, check: bool, stacklevel: int
+) -> None:
     """Evaluate twice and multiply two vectors, as on one rank, and decide on all ranks alike.
 
     Every number that decides is summed over the ranks first, and what depends on one rank's data
@@ -37,6 +41,9 @@ def check_sharded_operator(operator: LossOperator, stacklevel: int) -> None:
     ConditioningError
         What was found, as one of its subclasses, on every rank.
     """
+    refuse_differences(operator, group)
+    if not check:
+        return
     owners, layout = operator._owners, operator._layout
     norms = [name for name, _ in tracking_norms(owners)]
     if norms:
