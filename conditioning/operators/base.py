@@ -156,7 +156,7 @@ class LinearOperator:
         rows, columns = self.shape
         needed = dense_bytes(self.shape, self.dtype)
         budget = available_bytes(self.device) // 2 if memory_budget is None else memory_budget
-        if needed > budget:
+        if self.agree(needed > budget):
             msg = (
                 f"The dense matrix of shape {self.shape} takes {format_bytes(needed)}, the budget "
                 f"is {format_bytes(budget)}. Use products (eigenvalues, condition_number, "

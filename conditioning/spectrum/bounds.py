@@ -53,7 +53,8 @@ class Options:
         budget = self.memory_budget
         if budget is None:
             budget = available_bytes(operator.device) // 2
-        return max(budget // (8 * operator.shape[0] * (1 if self.percentile is None else 2)), 8)
+        held = 8 * max(operator.local_size, 1) * (1 if self.percentile is None else 2)
+        return max(operator.least(budget // held), 8)
 
     def dense_is_open(self, operator: LinearOperator) -> bool:
         """Whether the dense route fits the memory, and the caller's own limit of products."""

@@ -38,8 +38,8 @@ def square(operator: Any) -> LinearOperator:
 def dense_fits(operator: LinearOperator, memory_budget: int | None = None) -> bool:
     """Whether all ``n`` columns are few enough, and fit half of the free memory (or a budget)."""
     budget = available_bytes(operator.device) // 2 if memory_budget is None else memory_budget
-    fits = dense_bytes(operator.shape, operator.dtype) <= budget
-    return operator.shape[0] <= DENSE_MAX and fits
+    too_large = operator.agree(dense_bytes(operator.shape, operator.dtype) > budget)
+    return operator.shape[0] <= DENSE_MAX and not too_large
 
 
 def check_counts(**counts: Any) -> None:

@@ -175,7 +175,8 @@ def _probes(
     noise = 0.0
     # One basis is held at a time. Where products are float32 anyway it may be float32 as well.
     needed = 8 * max(operator.local_size, 1) * (min(num_steps, operator.shape[0]) + 4)
-    short = needed > available_bytes(operator.device) // 2 and operator.dtype.itemsize <= 4
+    large = operator.agree(needed > available_bytes(operator.device) // 2)
+    short = large and operator.dtype.itemsize <= 4
     for i in range(num_probes):
         run = LanczosRun(
             operator, start_for(operator, generator), measure_noise=i == 0, max_steps=num_steps,

@@ -53,6 +53,11 @@ class _Projected(LinearOperator):
         """Of the operator behind it."""
         return self._operator.local_size
 
+    @property
+    def is_sharded(self) -> bool:
+        """As the operator behind it."""
+        return self._operator.is_sharded
+
     def local_part(self, vector: Tensor) -> Tensor:
         """Of the operator behind it."""
         return self._operator.local_part(vector)

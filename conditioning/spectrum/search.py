@@ -46,7 +46,7 @@ class Search:
             budget = available_bytes(operator.device) // 2
         vector = 8 * max(operator.local_size, 1)
         # The locked pairs and the work space of a step are float64 vectors too.
-        room = budget // vector - self.k - 4
+        room = operator.least(budget // vector) - self.k - 4
         ample = min(self.max_matvecs, 2 * self.k + _AMPLE)
         if room < ample and operator.dtype.itemsize <= 4:
             # What storing loses is what the products lose anyway.

@@ -212,7 +212,9 @@ class _Walk:
     def _new_run(self, *, measure_noise: bool = False) -> LanczosRun:
         size = self._operator.shape[0]
         # The deep basis stays while a second one grows.
-        room = max(available_bytes(self._operator.device) // 4 // (8 * size), _FEWEST_STEPS)
+        held = 8 * max(self._operator.local_size, 1)
+        fits = self._operator.least(available_bytes(self._operator.device) // 4 // held)
+        room = max(fits, _FEWEST_STEPS)
         start = start_for(self._operator, self._generator)
         return LanczosRun(
             self._operator, start, measure_noise=measure_noise, max_steps=min(room, size)
@@ -232,7 +234,7 @@ class _Walk:
                 raise
             self._stopped = self._interrupted = True
         self._progress(self._operator.num_matvecs - before)
-        self._stopped |= self._should_stop()
+        self._stopped |= self._operator.agree(self._should_stop())
         return not self._stopped
 
     def go_deep(self, limit: int) -> None:
@@ -261,7 +263,7 @@ class _Walk:
         except KeyboardInterrupt:
             self._stopped = self._interrupted = True
         self._progress(self._operator.num_matvecs - before)
-        self._stopped |= self._should_stop()
+        self._stopped |= self._operator.agree(self._should_stop())
 
     def go_broad(self, num_probes: int, limit: int) -> None:
         """Further runs, all of one depth, for as many as the budget has room."""
