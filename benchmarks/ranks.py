@@ -2,8 +2,8 @@
 
 Two and four processes over gloo on this machine multiply one vector at a time, all at once: each by
 itself with its own batch, data-parallel with and without overlap, and with sharded parameters. The
-share of communication is what a product takes beyond that of a rank by itself, at the same batch: by
-the clock, which says something where there is a core for each rank, and of the processor's time.
+share of communication is what a product takes beyond that of a rank by itself, at the same batch:
+by the clock, which says something where each rank has a core, and of the processor's time.
 """
 
 from __future__ import annotations
@@ -147,9 +147,9 @@ def _summary(measured: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def _text(title: str, size: int, summary: dict[str, Any]) -> str:
+def _text(title: str, size: int, rounds: int, summary: dict[str, Any]) -> str:
     lines = [
-        f"{title}; {size} ranks; all-reduce of one number: {summary['latency_ms']:.2f} ms",
+        f"{title}; {size} ranks, {rounds} rounds; all-reduce of one number: {summary['latency_ms']:.2f} ms",
         f"  {'':15}  {'ms':>8}  {'share [quartiles]':24}  {'processor, ms':>13}  "
         f"share of its time [quartiles]",
     ]
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     rounds = _QUICK_ROUNDS if options.quick else _ROUNDS
-    report: dict[str, Any] = {"environment": environment(1, "cpu"), "rounds": rounds, "found": []}
+    report: dict[str, Any] = {"environment": environment(1, "cpu"), "found": []}
     texts = []
     for size in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
@@ -181,8 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
             found = torch.load(Path(folder) / "found.pt")
         for name, measured in found.items():
             summary = _summary(measured)
-            report["found"].append({"problem": name, "ranks": size, **summary})
-            texts.append(_text(PROBLEMS[name][0], size, summary))
+            report["found"].append({"problem": name, "ranks": size, "rounds": rounds, **summary})
+            texts.append(_text(PROBLEMS[name][0], size, rounds, summary))
             say(texts[-1])
     write(options.results, "ranks", report, texts)
 
