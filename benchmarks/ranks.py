@@ -149,7 +149,8 @@ def _summary(measured: dict[str, Any]) -> dict[str, Any]:
 
 def _text(title: str, size: int, rounds: int, summary: dict[str, Any]) -> str:
     lines = [
-        f"{title}; {size} ranks, {rounds} rounds; all-reduce of one number: {summary['latency_ms']:.2f} ms",
+        f"{title}; {size} ranks, {rounds} rounds; all-reduce of one number: "
+        f"{summary['latency_ms']:.2f} ms",
         f"  {'':15}  {'ms':>8}  {'share [quartiles]':24}  {'processor, ms':>13}  "
         f"share of its time [quartiles]",
     ]
