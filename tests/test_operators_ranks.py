@@ -101,6 +101,10 @@ def products_are_those_of_all_samples(rank):
                 for engine in ("loop", "batched"):
                     H.block_engine = engine
                     _close(H.dense(), dense)
+                if kind is HessianOperator and reduction == "mean":
+                    H.engine = "linearized"
+                    _close(H @ dense[:, :1], dense @ dense[:, :1])
+                    H.engine = "retained"
                 vector = _block(len(dense), 1)[:, 0]
                 _close(H @ vector, dense @ vector)
                 _close(H.gradient(), truth.gradient())
@@ -505,6 +509,11 @@ def sharded_errors_are_raised_on_all_ranks(rank):
         H.gradient() if rank else H.matvec(torch.zeros(H.local_size))
     with pytest.raises(InvalidArgumentError, match="set 'loop' or 'batched'"):
         H.block_engine = "undecided"
+    assert H.engine.name == "retained"
+    with pytest.raises(InvalidArgumentError, match="retained graph only"):
+        H.engine = "compiled"
+    with pytest.raises(InvalidArgumentError, match="retained graph only"):
+        HessianOperator(net, LOSS, (x, y), engine="linearized")
     with pytest.raises(ShapeError, match="sharded"):
         H.to_scipy()
     for options, text in (

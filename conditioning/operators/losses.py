@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from conditioning.distributed import AUTO, group_for
-from conditioning.errors import (
-    InvalidArgumentError,
-    ParameterSelectionError,
-)
+from conditioning.errors import InvalidArgumentError, ParameterSelectionError
 from conditioning.memory import available_bytes
 from conditioning.operators import checks
 from conditioning.operators.batches import (
@@ -156,6 +153,7 @@ class LossOperator(VectorsOfRanks):
         warn_of_mixed_dtypes(self._layout, stacklevel=_STACKLEVEL)
         self._parallel = None
         if self._shards is not None:
+            self._refuse_engine(engine)
             self._engine.choose("batched")
             check_sharded_operator(self, self._shards.group, check=check, stacklevel=_STACKLEVEL)
         elif together is not None:
@@ -215,45 +213,24 @@ class LossOperator(VectorsOfRanks):
         InvalidArgumentError
             If it is set to something else.
         """
+        if self._shards is not None:  # what it costs depends on all ranks
+            return self._engine.describe(None)
         self._gradient_seconds = time_operator(self, self._gradient_seconds, self._engine.seconds)
         return self._engine.describe(self._gradient_seconds)
 
     @engine.setter
     def engine(self, name: str) -> None:
+        self._refuse_engine(name)
         self._engine.choose_engine(name)
+
+    def _refuse_engine(self, name: str) -> None:
+        if name in ("linearized", "compiled") and self._shards is not None:
+            msg = f"Sharded parameters are gathered by the retained graph only, not {name!r}."
+            raise InvalidArgumentError(msg)
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all batches, flat, shape ``(n,)``."""
         return self._evaluate()[1].clone()
-
-    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """Cut a flat vector into named tensors of the parameters' shapes.
-
-        Parameters
-        ----------
-        vector : Tensor of shape ``(n,)`` or ``(n, k)``
-
-        Returns
-        -------
-        dict of str to Tensor
-            Shapes ``(*shape)``, or ``(*shape, k)``. Views where that is possible.
-
-        Raises
-        ------
-        ShapeError
-            If the length is not ``n``.
-        """
-        return self._layout.unflatten(vector)
-
-    def flatten(self, mapping: Mapping[str, Tensor]) -> Tensor:
-        """Inverse of :meth:`unflatten`.
-
-        Raises
-        ------
-        ShapeError
-            If a name is missing or unknown, or a tensor has another shape.
-        """
-        return self._layout.flatten(mapping)
 
     def refresh(self) -> None:
         """Forget the graphs, so that the next product evaluates model and data anew.

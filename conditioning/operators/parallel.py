@@ -9,7 +9,7 @@ and nobody waits for a rank that failed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,6 +116,35 @@ class VectorsOfRanks(LinearOperator):
         """Add up what the processes found on their entries: inner products, squared norms."""
         return partial if self._shards is None else self._shards.sum(partial)
 
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Cut a flat vector into named tensors of the parameters' shapes.
+
+        Parameters
+        ----------
+        vector : Tensor of shape ``(n,)`` or ``(n, k)``
+
+        Returns
+        -------
+        dict of str to Tensor
+            Shapes ``(*shape)``, or ``(*shape, k)``. Views where that is possible.
+
+        Raises
+        ------
+        ShapeError
+            If the length is not ``n``.
+        """
+        return self._layout.unflatten(vector)
+
+    def flatten(self, mapping: Mapping[str, Tensor]) -> Tensor:
+        """Inverse of :meth:`unflatten`.
+
+        Raises
+        ------
+        ShapeError
+            If a name is missing or unknown, or a tensor has another shape.
+        """
+        return self._layout.flatten(mapping)
+
     def agree(self, flag: bool) -> bool:
         """Whether a process says so: what depends on memory or time is decided alike on all."""
         together = self._shards or self._parallel
@@ -164,6 +193,8 @@ class DataParallel:
         def work(reduction: Reduction) -> float:
             kept = operator._fresh_graphs()
             one_by_one = by_row and (count == 1 or operator.block_engine != "batched")
+            # Other engines give a product as a whole.
+            one_by_one &= operator._engine.wanted in ("auto", "retained")
             if one_by_one and kept and all(getattr(g, "by_parameter", False) for g, _ in kept):
                 for row in block:
                     self._send_overlapped(reduction, operator, kept, row)

@@ -48,7 +48,7 @@ def time_operator(
         batch = next(iter(operator._batches))
         if gradient is None:
             gradient = fastest(lambda: _gradient(operator, batch))
-        one = torch.ones(1, operator.shape[1], dtype=operator.dtype, device=operator.device)
+        one = torch.ones(1, operator.local_size, dtype=operator.dtype, device=operator.device)
         if operator._fresh_graphs() is None and operator._keep:
             operator._matmat(one.T)  # so that there is a graph to speak of
         if False not in products:
