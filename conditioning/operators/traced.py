@@ -8,7 +8,7 @@ depend on the vector are carried out once and become constants.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -134,9 +134,9 @@ def compiled(program: LinearProgram, tangents: Sequence[Tensor]) -> Callable[...
     arguments = [*program.constants, *tangents]
     # In this process: workers would stay behind.
     with torch.no_grad(), config.patch(compile_threads=1):
-        run: Any = compile_fx(_executable(_copied(program.graph)), arguments)
+        run = compile_fx(_executable(_copied(program.graph)), arguments)
         run(*arguments)
-    return run
+    return cast("Callable[..., Any]", run)
 
 
 def _executable(graph: fx.Graph) -> fx.GraphModule:
