@@ -134,7 +134,7 @@ def compiled(program: LinearProgram, tangents: Sequence[Tensor]) -> Callable[...
     arguments = [*program.constants, *tangents]
     # In this process: workers would stay behind.
     with torch.no_grad(), config.patch(compile_threads=1):
-        run = compile_fx(_executable(_copied(program.graph)), arguments)
+        run: Any = compile_fx(_executable(_copied(program.graph)), arguments)
         run(*arguments)
     return cast("Callable[..., Any]", run)
 
