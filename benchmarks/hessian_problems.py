@@ -121,7 +121,7 @@ def residual_net(depth: int = 32, width: int = 64, samples: int = 1000) -> Hessi
     return HessianProblem(title, model, nn.MSELoss(), inputs, targets)
 
 
-def resnet20(batch: int = 64, side: int = 32) -> HessianProblem:
+def resnet20(batch: int = 16, side: int = 32) -> HessianProblem:
     torch.manual_seed(0)
     model = ResNet20().eval()
     return _classify(
