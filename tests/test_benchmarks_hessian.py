@@ -205,9 +205,9 @@ def test_a_deadline_stops_and_vectors_are_counted():
 
 def test_the_peak_of_memory_is_that_of_what_came_after():
     memory = PeakMemory()
-    block = torch.ones(20 * 2**18)  # 20 MiB
+    block = torch.ones(64 * 2**18)  # 64 MiB: too large for the allocator to have in stock
     del block
-    assert 15 <= memory.growth() <= 60 or not memory._exact
+    assert 55 <= memory.growth() <= 120 or not memory._exact
 
 
 ECHO = """
