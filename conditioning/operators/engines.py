@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from conditioning.errors import InvalidArgumentError
 from conditioning.operators.graphs import Graph
 from conditioning.operators.guards import isolated_randomness
 from conditioning.operators.parameters import FlatLayout
-from conditioning.operators.timing import timed
+from conditioning.operators.timing import clock, race
 from conditioning.operators.traced import LinearProgram, UntraceableError, compiled, trace
 
 NAMES = ("auto", "retained", "linearized", "compiled")
@@ -37,7 +36,6 @@ _FEWEST = 4
 _SECONDS = {"linearized": (0.3, 0.005), "compiled": (15.0, 0.04)}
 # What is not faster by this share is not worth its memory.
 _GAIN = 0.1
-_ROUNDS = 3
 
 Rows = Callable[[Tensor], Tensor]
 
@@ -256,22 +254,20 @@ class Multiplier:
         self, graph: Graph, domain: FlatLayout, codomain: FlatLayout, block: Tensor
     ) -> Tensor:
         head = block[: min(8, self.chunk)]
-        one_by_one, loop_seconds = timed(lambda: _loop(graph, domain, codomain, head))
-        together, seconds = timed(lambda: self._batched(graph, domain, codomain, head))
-        if together is not None and loop_seconds < seconds < 4 * loop_seconds:
-            # The first batched pass pays for imports and compilation: it gets a second try.
-            together, seconds = timed(lambda: self._batched(graph, domain, codomain, head))
+        one_by_one, together = (
+            functools.partial(function, graph, domain, codomain, head)
+            for function in (_loop, self._batched)
+        )
+        (expected, found), seconds = race([one_by_one, together], domain.device)
         self.choice = "loop"
-        self.seconds[True] = min(seconds, loop_seconds) / len(head)
-        if together is not None and one_by_one is not None:
+        if found is not None and seconds[1] < seconds[0]:
             tolerance = 10 * max(domain.eps, codomain.eps) ** 0.5
-            agree = _distance(together, one_by_one) <= tolerance
-            if agree and seconds < loop_seconds:
+            if _distance(found, expected) <= tolerance:
                 self.choice = "batched"
-        assert one_by_one is not None
+        self.seconds[True] = seconds[self.choice == "batched"] / len(head)
         if len(head) == len(block):
-            return one_by_one
-        return torch.cat([one_by_one, self._retained(graph, domain, codomain, block[len(head) :])])
+            return cast("Tensor", expected)
+        return torch.cat([expected, self._retained(graph, domain, codomain, block[len(head) :])])
 
 
 @dataclass
@@ -304,9 +300,9 @@ class _Job:
     def cheapest(self) -> Tensor:
         """Multiply by what is known to be cheapest; build what has come to pay."""
         ledger, many = self._ledger, self._many
-        begin = time.perf_counter()
+        begin = clock(self.domain.device)
         result = self._current(self.block)
-        ledger.spent[many] += time.perf_counter() - begin
+        ledger.spent[many] += clock(self.domain.device) - begin
         for engine in self._candidates():
             if ledger.spent[many] >= self._price(engine):
                 self._try(engine)
@@ -364,10 +360,7 @@ class _Job:
             self._ledger.ways[many] = ways[0]
             return
         rivals: list[Rows] = [self._current, *(way.rows for way in ways)]
-        best = [float("inf")] * len(rivals)
-        for _ in range(_ROUNDS):
-            for index, rows in enumerate(rivals):
-                best[index] = min(best[index], timed(functools.partial(rows, head))[1])
+        best = race([functools.partial(rows, head) for rows in rivals], self.domain.device)[1]
         seconds, way = min(zip(best[1:], ways, strict=True), key=lambda pair: pair[0])
         if seconds > (1 - _GAIN) * best[0]:
             ratio = seconds / best[0]
@@ -383,7 +376,7 @@ class _Job:
 
     def _built(self, engine: str, kinds: Sequence[str]) -> list[_Way]:
         """Build an engine; an empty list, and the reason noted, where that fails."""
-        begin = time.perf_counter()
+        begin = clock(self.domain.device)
         try:
             with isolated_randomness(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -394,7 +387,7 @@ class _Job:
         except Exception as error:
             self._refuse(engine, _first_line(error))
             return []
-        self.multiplier._build_seconds[engine, self._many] = time.perf_counter() - begin
+        self.multiplier._build_seconds[engine, self._many] = clock(self.domain.device) - begin
         return ways
 
     def _rows(self, engine: str, kind: str) -> Rows:

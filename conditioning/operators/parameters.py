@@ -54,17 +54,19 @@ class FlatLayout:
         self.dtype = self.dtypes[0]
         for dtype in self.dtypes[1:]:
             self.dtype = torch.promote_types(self.dtype, dtype)
+        self._mixed = any(dtype != self.dtype for dtype in self.dtypes)
         self.eps = max(torch.finfo(dtype).eps for dtype in self.dtypes)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """``(..., n)`` into tensors ``(..., *shape)``, each in its own dtype."""
         lead = flat.shape[:-1]
-        return [
-            part.reshape((*lead, *shape)).to(dtype)
-            for part, shape, dtype in zip(
-                flat.split(self.sizes, dim=-1), self.shapes, self.dtypes, strict=True
-            )
+        parts = [
+            part.reshape((*lead, *shape))
+            for part, shape in zip(flat.split(self.sizes, dim=-1), self.shapes, strict=True)
         ]
+        if not self._mixed:
+            return parts
+        return [part.to(dtype) for part, dtype in zip(parts, self.dtypes, strict=True)]
 
     def join(self, parts: Sequence[Tensor | None], lead: tuple[int, ...] = ()) -> Tensor:
         """Tensors ``(*lead, *shape)`` into one ``(*lead, n)``; ``None`` stands for zeros."""
@@ -78,10 +80,18 @@ class FlatLayout:
         flat = [
             torch.zeros(*lead, size, dtype=self.dtype, device=self.device)
             if part is None
-            else part.detach().reshape(*lead, size).to(dtype=self.dtype, device=self.device)
+            else self._cast(part.reshape((*lead, size)))
             for part, size in zip(parts, self.sizes, strict=True)
         ]
+        if any(part.requires_grad for part in flat):
+            flat = [part.detach() for part in flat]
         return flat[0].clone() if len(flat) == 1 else torch.cat(flat, dim=-1)
+
+    def _cast(self, part: Tensor) -> Tensor:
+        # A call that changes nothing costs microseconds, which add up over small parameters.
+        if part.dtype == self.dtype and part.device == self.device:
+            return part
+        return part.to(dtype=self.dtype, device=self.device)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """``(n,)`` into ``{name: (*shape)}``; ``(n, k)`` into ``{name: (*shape, k)}``.
