@@ -9,6 +9,7 @@ import torch
 from conftest import (
     PROBLEMS,
     Apply,
+    Problem,
     Snapshot,
     dense_hessian,
     regression,
@@ -16,7 +17,7 @@ from conftest import (
 )
 from torch import Tensor, nn
 
-from conditioning.errors import LargeGraphWarning
+from conditioning.errors import DoubleBackwardError, LargeGraphWarning
 from conditioning.operators import GaussNewtonOperator, HessianOperator
 
 MSE = nn.MSELoss()
@@ -183,8 +184,12 @@ def test_a_model_without_blocks_is_built_whole_with_a_warning():
 class Reader(Block):
     """Adds what somebody has left there."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.strength = nn.Parameter(torch.ones(()))
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.left
+        return super().forward(x) + self.strength * self.left
 
 
 class Leaving(nn.Module):
@@ -197,14 +202,81 @@ class Leaving(nn.Module):
         return self.blocks(x)
 
 
-def test_a_tensor_that_slips_past_the_inputs_of_a_block_is_noticed():
+@pytest.mark.parametrize("strength", [1.0, 0.0])  # of zero, no gradient tells
+def test_a_tensor_that_slips_past_the_inputs_of_a_block_is_noticed(strength):
     model, (x, _) = Leaving().double(), regression()
-    with pytest.warns(LargeGraphWarning, match="gradient comes out different") as caught:
+    model.blocks[0].strength.data.fill_(strength)
+    with pytest.warns(LargeGraphWarning, match="none of its inputs") as caught:
         operator = HessianOperator(model, MSE, (x, x.sin()), memory_budget=0)
     assert [w.filename for w in caught] == [__file__]
     vector = torch.randn(operator.shape[0]).double()
     expected = HessianOperator(model, MSE, (x, x.sin())) @ vector
     torch.testing.assert_close(operator @ vector, expected)
+
+
+class Counting(Block):
+    """What it does depends on what it did before, and is forgotten where it is run again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.calls * super().forward(x)
+
+
+def test_a_block_that_runs_otherwise_the_second_time_is_noticed():
+    block, data = Counting(), regression()
+    model = nn.Sequential(block, block, nn.Linear(3, 2)).double()
+    with pytest.warns(LargeGraphWarning, match="gradient comes out different"):
+        operator = HessianOperator(model, MSE, data, memory_budget=0)
+    whole = HessianOperator(model, MSE, data)
+    vector = torch.ones(operator.shape[0]).double()
+    torch.testing.assert_close(operator @ vector, whole @ vector)
+
+
+class Coarse(torch.autograd.Function):
+    """The sine, with a derivative that loses its own derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope * ctx.saved_tensors[0].detach().cos()
+
+
+class Once(Coarse):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        return slope * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("function", [Coarse, Once])
+def test_functions_without_a_second_derivative_are_noticed_inside_a_block(function):
+    blocks = [nn.Sequential(Block(), Apply(function.apply)) for _ in range(3)]
+    model = nn.Sequential(*blocks, nn.Linear(3, 2)).double()
+    with pytest.raises(DoubleBackwardError, match=function.__name__):
+        HessianOperator(model, MSE, regression(), memory_budget=0)
+
+
+def test_complex_tensors_between_blocks():
+    def there(x: Tensor) -> Tensor:
+        return torch.fft.fft(x)
+
+    def back(z: Tensor) -> Tensor:
+        return (z * z).real
+
+    parts = [nn.Sequential(Block(), Apply(there)), nn.Sequential(Apply(back), Block())]
+    model = nn.Sequential(*parts, nn.Linear(3, 2)).double()
+    data = regression()
+    operator = HessianOperator(model, MSE, data, memory_budget=0)
+    assert operator._checkpointed
+    torch.testing.assert_close(operator.dense(), dense_hessian(Problem(model, MSE, data)))
 
 
 # Several batches, some of which fit.

@@ -33,7 +33,6 @@ from conditioning.operators.graphs import differentiate
 from conditioning.operators.guards import (
     BufferGuard,
     RandomState,
-    differentiable,
     isolated_randomness,
 )
 from conditioning.operators.kinks import KinkRecorder, moved, moved_off, small_step
@@ -344,14 +343,14 @@ def _check_repetition(
 
 def _segments_are_right(operator: LossOperator, head: FirstBatch) -> bool:
     """Whether a model that runs block by block has the same gradient: tensors may slip in."""
-    with differentiable(operator._modules, operator.device), BufferGuard(operator._modules):
-        ready = operator._ready(head.batch)
-        outputs, targets = operator._forward(ready)
-        loss = operator._loss_of(outputs, targets, ready)
-        plain = operator._layout.join(differentiate([loss], operator._parameters))
+    loss = operator._plain_loss(head.batch)
+    plain = operator._layout.join(differentiate([loss], operator._parameters))
     assert head.gradient_vector is not None
+    assert head.product is not None
     gap = norm(plain - head.gradient_vector)
-    return gap <= _relative(operator, drew=False) * norm(plain)
+    size, energy = _scales(operator, head.loss, head.gradient, norm(head.product))
+    floor = 1e3 * operator._eps * energy / size
+    return gap <= _relative(operator, drew=False) * norm(plain) + floor
 
 
 def _check_products(operator: LossOperator, head: FirstBatch, *, drew: bool, kinks: str) -> None:
@@ -466,15 +465,11 @@ def _find_kinks(operator: LossOperator, batch: Any, before: KinkRecorder) -> str
     after = KinkRecorder()
     with (
         moved(operator._parameters, small_step(operator._parameters)),
-        differentiable(operator._modules, operator.device),
-        BufferGuard(operator._modules),
         warnings.catch_warnings(),
+        after,
     ):
         warnings.simplefilter("ignore")  # of the moved storage of recurrent weights
-        ready = operator._ready(batch)
-        with after:
-            outputs, targets = operator._forward(ready)
-            operator._loss_of(outputs, targets, ready)
+        operator._plain_loss(batch)
     left = moved_off(before, after, operator._eps)
     if not left:
         return ""

@@ -97,7 +97,7 @@ def _advice(found: re.Match[str], outputs: Sequence[Tensor]) -> str:
     if found.group("op"):
         what = f"The operation {found.group('op')!r} has no second derivative in autograd."
     elif "once_differentiable" in text:
-        return _once(_custom_functions(outputs))
+        return _once(custom_functions(outputs))
     else:
         what = f"Autograd cannot differentiate this model twice: {text}."
     return f"{what} {_REPLACE}"
@@ -124,11 +124,12 @@ def nodes_behind(outputs: Sequence[Tensor | None]) -> Iterator[Any]:
                 stack.append(parent)
 
 
-def _custom_functions(outputs: Sequence[Tensor]) -> list[str]:
-    """Names of the user's own functions in a graph."""
+def custom_functions(outputs: Sequence[Tensor]) -> list[str]:
+    """Names of the user's own functions in a graph, those inside segments as well."""
     kind = torch.autograd.function.BackwardCFunction
-    nodes = [type(node) for node in nodes_behind(outputs) if isinstance(node, kind)]
-    return sorted({node.__name__.removesuffix("Backward") for node in nodes} - _OWN_FUNCTIONS)
+    nodes = [node for node in nodes_behind(outputs) if isinstance(node, kind)]
+    names = {type(node).__name__.removesuffix("Backward") for node in nodes} - _OWN_FUNCTIONS
+    return sorted(names.union(*(getattr(node, "custom", ()) for node in nodes)))
 
 
 def refuse_dead_ends(outputs: Sequence[Tensor], gradients: Parts) -> list[str]:
@@ -148,7 +149,7 @@ def refuse_dead_ends(outputs: Sequence[Tensor], gradients: Parts) -> list[str]:
     DoubleBackwardError
         If there is such a node.
     """
-    custom = _custom_functions(outputs)
+    custom = custom_functions(outputs)
     if "CheckpointFunction" in custom:
         raise DoubleBackwardError(_REENTRANT)
     if custom and any(node.name() == "torch::autograd::Error" for node in nodes_behind(gradients)):

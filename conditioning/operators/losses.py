@@ -45,7 +45,7 @@ from conditioning.operators.parameters import (
     warn_of_mixed_dtypes,
 )
 from conditioning.operators.scalar import scalar_loss
-from conditioning.operators.segments import has_segments, segmented
+from conditioning.operators.segments import NotInSegments, segmented
 from conditioning.operators.sharded import can_shard, reshard, shards_of
 from conditioning.operators.sharded_checks import check_sharded_operator
 from conditioning.operators.sums import accumulate, wide
@@ -254,11 +254,9 @@ class LossOperator(VectorsOfRanks):
     ) -> LossGraph:
         """Build the graph of one batch; the caller isolates the random state."""
         with (
-            differentiable(self._modules, self.device),
-            buffers or BufferGuard(self._modules),
+            self._guarded(buffers or BufferGuard(self._modules)),
             watch or contextlib.nullcontext(),
             self._segments(),
-            without_reducers(self._modules),
             self._shards.gathering() if self._shards else contextlib.nullcontext(),
         ):
             graph = self._graph(self._ready(batch))
@@ -266,9 +264,20 @@ class LossOperator(VectorsOfRanks):
             graph.loss = self._shards.sum(graph.loss)
         return graph
 
+    @contextlib.contextmanager
+    def _guarded(self, buffers: BufferGuard) -> Iterator[None]:
+        with differentiable(self._modules, self.device), buffers, without_reducers(self._modules):
+            yield
+
+    def _plain_loss(self, batch: Any) -> Tensor:
+        """The loss of one batch, with nothing else made of its graph."""
+        with self._guarded(BufferGuard(self._modules)):
+            ready = self._ready(batch)
+            return self._loss_of(*self._forward(ready), ready)
+
     def _ready(self, batch: Any) -> Any:
         """On the device, and not the caller's: some models work in place from the first layer."""
-        return map_tensors(_own, to_device(batch, self.device))
+        return map_tensors(torch.clone, to_device(batch, self.device))
 
     def _forward(self, batch: Any) -> tuple[Any, Any]:
         """Return outputs and targets of a batch; the loss and ``None`` without a ``loss_fn``."""
@@ -307,11 +316,13 @@ class LossOperator(VectorsOfRanks):
             with counter:
                 graph = self._build(batch, watch=watch, buffers=buffers)
         except GraphTooLarge:
-            self._checkpointed = has_segments(self._owners.values())
-            if not self._checkpointed:
-                self._whole_because = "it has no blocks"
+            self._checkpointed = True
+            try:
+                graph = self._build(batch, watch=watch, buffers=buffers)
+            except NotInSegments as error:
+                self._checkpointed = False
+                self._whole_because = str(error)
                 return self._measure(batch, watch=watch, buffers=buffers)
-            graph = self._build(batch, watch=watch, buffers=buffers)
         self._bytes_per_size = counter.total / self._batches.size_or(batch, 1.0)
         self._eps = max(self._eps, counter.eps)
         held, budget = counter.total, self._budget()
@@ -356,21 +367,15 @@ class LossOperator(VectorsOfRanks):
 
     def _refuse_replaced_parameters(self) -> None:
         """Complain where the model no longer has what the flat vector was cut for."""
-        layout = self._layout
-        owned = self._owned_parameters()
-        gone = [
-            name
-            for name, parameter, shape, dtype in zip(
-                layout.names, self._parameters, layout.shapes, layout.dtypes, strict=True
-            )
-            if (id(parameter) in self._owned_then and id(parameter) not in owned)
-            or (tuple(parameter.shape), parameter.dtype, parameter.device)
-            != (shape, dtype, layout.device)
+        left = self._owned_then - self._owned_parameters()
+        named = dict(zip(self._layout.names, self._parameters, strict=True))
+        gone = self._layout.misfits(self._parameters) + [
+            n for n, p in named.items() if id(p) in left
         ]
         if gone:
             msg = (
                 f"Replaced in the model, or moved to another dtype or device, since this operator "
-                f"was made: {join_names(gone)}. Make a new operator."
+                f"was made: {join_names(list(dict.fromkeys(gone)))}. Make a new operator."
             )
             raise ParameterSelectionError(msg)
 
@@ -495,7 +500,3 @@ class LossOperator(VectorsOfRanks):
         self._size_up()
         # Without kept graphs every block costs a pass over the data.
         return max(64, self._engine.chunk) if self._keep else 256
-
-
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_floating_point() else tensor

@@ -195,6 +195,8 @@ class DataParallel:
             one_by_one = by_row and (count == 1 or operator.block_engine != "batched")
             # Other engines give a product as a whole.
             one_by_one &= operator._engine.wanted in ("auto", "retained")
+            # A graph in segments differentiates by parameters inside, where hooks are called too.
+            one_by_one &= not operator._checkpointed
             if one_by_one and kept and all(getattr(g, "by_parameter", False) for g, _ in kept):
                 for row in block:
                     self._send_overlapped(reduction, operator, kept, row)

@@ -57,6 +57,15 @@ class FlatLayout:
         self._mixed = any(dtype != self.dtype for dtype in self.dtypes)
         self.eps = max(torch.finfo(dtype).eps for dtype in self.dtypes)
 
+    def misfits(self, tensors: Sequence[Tensor]) -> list[str]:
+        """Names of tensors that no longer have the shape, dtype or device of this layout."""
+        then = zip(self.names, tensors, self.shapes, self.dtypes, strict=True)
+        return [
+            name
+            for name, tensor, shape, dtype in then
+            if (tuple(tensor.shape), tensor.dtype, tensor.device) != (shape, dtype, self.device)
+        ]
+
     def split(self, flat: Tensor) -> list[Tensor]:
         """``(..., n)`` into tensors ``(..., *shape)``, each in its own dtype."""
         lead = flat.shape[:-1]

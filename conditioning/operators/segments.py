@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from conditioning.operators.batches import map_tensors, tensors_in
+from conditioning.operators.graphs import custom_functions, nodes_behind, refuse_dead_ends
 from conditioning.operators.guards import (
     BufferGuard,
     RandomState,
     differentiable,
     isolated_randomness,
 )
+
+
+class NotInSegments(Exception):
+    """Why a model cannot be run again part by part."""
 
 
 class _Run:
@@ -32,11 +37,13 @@ class _Run:
         function: Callable[..., Any],
         modules: list[nn.Module],
         parameters: list[Tensor],
+        elsewhere: set[int],
         arguments: tuple[tuple[Any, ...], dict[str, Any]],
         device: torch.device,
     ) -> None:
         self._function, self._modules, self._device = function, modules, device
         self._parameters = parameters
+        self._elsewhere = elsewhere
         # What was not a tensor, with empty tensors in the place of the others.
         self._frame = map_tensors(lambda _: torch.empty(0), arguments)
         self._count = len(tensors_in(arguments))
@@ -52,6 +59,7 @@ class _Run:
             torch.get_autocast_dtype(device.type),
         )
         self.structure: Any = None
+        self.custom: list[str] = []
 
     def again(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Leaves in the place of what entered, then the parameters; and the outputs' tensors."""
@@ -67,13 +75,23 @@ class _Run:
             for module, name, buffer in self._buffers:
                 module._buffers[name] = buffer.clone()
             # Copies, because a first layer that works in place may touch neither leaves nor data.
-            copies = iter([t.clone() if t.is_floating_point() else t for t in leaves])
+            copies = iter([t.clone() for t in leaves])
             args, kwargs = map_tensors(lambda _: next(copies), self._frame)
             result = self._function(*args, **kwargs)
         outputs = tensors_in(result)
         if self.structure is None:
             self.structure = map_tensors(lambda _: torch.empty(0), result)
+            self.custom = custom_functions(outputs)
+            self._refuse_others(outputs)
         return [*leaves, *self._parameters], outputs
+
+    def _refuse_others(self, outputs: Sequence[Tensor]) -> None:
+        for node in nodes_behind(outputs):
+            # What leads out of this part: to another one, or to a parameter that is not its own.
+            leaf = getattr(node, "variable", None)
+            if isinstance(getattr(node, "run", None), _Run) or id(leaf) in self._elsewhere:
+                msg = "a block uses tensors that depend on parameters and are none of its inputs"
+                raise NotInSegments(msg)
 
 
 def _live(tensors: Sequence[Tensor]) -> list[int]:
@@ -86,7 +104,7 @@ class _RunAgain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
         _, outputs = run.again(tensors)
-        ctx.run = run
+        ctx.run, ctx.custom = run, run.custom
         ctx.save_for_backward(*tensors)
         results = tuple(o.detach() for o in outputs)
         fixed = [r for r, o in zip(results, outputs, strict=True) if not o.requires_grad]
@@ -125,7 +143,8 @@ class _PullAgain(torch.autograd.Function):
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         cotangents = [
-            t.detach().requires_grad_(t.is_floating_point()) for t in tensors[: ctx.count]
+            t.detach().requires_grad_(t.is_floating_point() or t.is_complex())
+            for t in tensors[: ctx.count]
         ]
         leaves, outputs = ctx.run.again(tensors[ctx.count :])
         live, wanted = _live(outputs), _live(leaves)
@@ -137,6 +156,8 @@ class _PullAgain(torch.autograd.Function):
                 create_graph=True,
                 allow_unused=True,
             )
+        if ctx.run.custom:
+            refuse_dead_ends(outputs, pulled)
         pairs = [
             (gradient, tangents[place])
             for place, gradient in zip(wanted, pulled, strict=True)
@@ -197,11 +218,6 @@ def _cuts(root: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def has_segments(roots: Iterable[nn.Module]) -> bool:
-    """Whether there is a part of a model that is worth running again."""
-    return any(True for root in roots for _ in _cuts(root))
-
-
 @contextlib.contextmanager
 def segmented(
     roots: Sequence[nn.Module], parameters: Sequence[Tensor], device: torch.device
@@ -215,19 +231,30 @@ def segmented(
     parameters : sequence of Tensor
         What is differentiated by.
     device : torch.device
+
+    Raises
+    ------
+    NotInSegments
+        If there is no part worth running again; or, where the model runs, if a part uses a tensor
+        with a graph that is none of its inputs.
     """
+    cuts = dict.fromkeys(cut for root in roots for cut in _cuts(root))
+    if not cuts:
+        msg = "it has no blocks"
+        raise NotInSegments(msg)
     wanted = {id(p) for p in parameters}
 
     def part(modules: list[nn.Module], function: Callable[..., Any]) -> Callable[..., Any]:
         inside = [m for module in modules for m in module.modules()]
         here = [p for m in inside for p in m._parameters.values() if p is not None]
         own: list[Tensor] = list({id(p): p for p in here if id(p) in wanted}.values())
+        mine = {id(p) for p in own}
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             entered = [*tensors_in((args, kwargs)), *own]
             if not any(t.requires_grad for t in entered):
                 return function(*args, **kwargs)
-            run = _Run(function, inside, own, (args, kwargs), device)
+            run = _Run(function, inside, own, wanted - mine, (args, kwargs), device)
             outputs = iter(_RunAgain.apply(run, *entered))
             return map_tensors(lambda _: next(outputs), run.structure)
 
@@ -237,7 +264,7 @@ def segmented(
         return lambda value: functools.reduce(lambda x, function: function(x), functions, value)
 
     with contextlib.ExitStack() as stack:
-        for module in dict.fromkeys(cut for root in roots for cut in _cuts(root)):
+        for module in cuts:
             if type(module) is nn.Sequential:
                 pieces = _pieces(module)
                 apart = [

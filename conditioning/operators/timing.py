@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from conditioning.operators.batches import map_tensors, to_device
 from conditioning.operators.graphs import differentiate
-from conditioning.operators.guards import BufferGuard, differentiable, isolated_randomness
+from conditioning.operators.guards import isolated_randomness
 
 if TYPE_CHECKING:
     from conditioning.operators.losses import LossOperator
@@ -79,7 +78,8 @@ def time_operator(
             gradient = race([lambda: _gradient(operator, batch)], operator.device)[1][0]
         one = torch.ones(1, operator.local_size, dtype=operator.dtype, device=operator.device)
         if operator._fresh_graphs() is None and operator._keep:
-            operator._matmat(one.T)  # so that there is a graph to speak of
+            # So that there is a graph to speak of; of this process alone, which may be alone.
+            operator._over_batches(lambda graph: [operator._rows(graph, one)])
         if False not in products:
             kept = operator._fresh_graphs()
             graph = kept[0][0] if kept else operator._build(batch)
@@ -88,8 +88,5 @@ def time_operator(
 
 
 def _gradient(operator: LossOperator, batch: Any) -> None:
-    modules, device = operator._modules, operator.device
-    with torch.inference_mode(mode=False), differentiable(modules, device), BufferGuard(modules):
-        # A model that works in place from its first layer on would change the caller's data.
-        batch = map_tensors(torch.clone, to_device(batch, device))
-        differentiate([operator._loss_of(*operator._forward(batch), batch)], operator._parameters)
+    with torch.inference_mode(mode=False):
+        differentiate([operator._plain_loss(batch)], operator._parameters)
