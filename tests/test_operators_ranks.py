@@ -159,6 +159,22 @@ def graphs_that_are_not_kept_give_the_same(rank):
     assert not S._keep
 
 
+def graphs_in_segments_give_the_same(rank):
+    H = HessianOperator(_net(), LOSS, _own(rank), process_group=_world(), memory_budget=0)
+    assert H._checkpointed
+    block = _block(H.shape[0], 2)
+    _close(H @ block, _truth() @ block)
+    _close(H @ block[:, 0], _truth() @ block[:, 0])  # goes off by parameter where it can
+
+
+def one_rank_alone_may_ask_for_the_engine(rank):
+    H = HessianOperator(_net(), LOSS, _own(rank), process_group=_world(), check=False)
+    if rank == 0:
+        assert H.engine.gradients > 0
+    block = _block(H.shape[0], 1)
+    _close(H @ block, _truth() @ block)
+
+
 def a_model_in_ddp_is_taken_out_of_it(rank):
     truth = _truth()
     wrapped = DistributedDataParallel(_net())
@@ -598,6 +614,8 @@ CHECKS = [
     products_are_those_of_all_samples,
     buckets_overlap_and_change_nothing,
     graphs_that_are_not_kept_give_the_same,
+    graphs_in_segments_give_the_same,
+    one_rank_alone_may_ask_for_the_engine,
     a_model_in_ddp_is_taken_out_of_it,
     float32_and_bfloat16_are_summed_in_single_precision,
     spectra_are_the_same_on_all_ranks,

@@ -368,10 +368,8 @@ class LossOperator(VectorsOfRanks):
     def _refuse_replaced_parameters(self) -> None:
         """Complain where the model no longer has what the flat vector was cut for."""
         left = self._owned_then - self._owned_parameters()
-        named = dict(zip(self._layout.names, self._parameters, strict=True))
-        gone = self._layout.misfits(self._parameters) + [
-            n for n, p in named.items() if id(p) in left
-        ]
+        pairs = zip(self._layout.names, self._parameters, strict=True)
+        gone = self._layout.misfits(self._parameters) + [n for n, p in pairs if id(p) in left]
         if gone:
             msg = (
                 f"Replaced in the model, or moved to another dtype or device, since this operator "
