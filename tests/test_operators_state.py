@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Apply, Snapshot, regression, small_mlp
+from conftest import Apply, Snapshot, dense_hessian, regression, small_mlp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -68,6 +68,15 @@ def test_buffers_that_a_module_changes_are_restored_and_products_stay_right():
     before.assert_unchanged()
     halved = nn.Sequential(model[0], Apply(lambda x: x / 2), *model[2:])
     torch.testing.assert_close(matrix, HessianOperator(halved, MSE, data).dense())
+
+
+def test_a_step_of_a_fused_optimizer_is_noticed(mlp_problem):
+    model, loss_fn, batch = mlp_problem.model, mlp_problem.loss_fn, mlp_problem.batch
+    operator = HessianOperator(model, loss_fn, batch)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1, fused=True)
+    loss_fn(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+    torch.testing.assert_close(operator.dense(), dense_hessian(mlp_problem))
 
 
 def test_a_cache_that_grows_stays_grown():

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,21 @@ def _end_evaluation() -> None:
     _evaluations -= 1
 
 
+_fused_steps = 0
+
+
+def _count_fused_steps(optimizer: Any, *_: Any) -> None:
+    # Fused kernels (torch 2.13) write into parameters without counting a version.
+    global _fused_steps
+    _fused_steps += any(group.get("fused") for group in optimizer.param_groups)
+
+
+register_optimizer_step_post_hook(_count_fused_steps)
+
+
 def fingerprint(tensors: Iterable[Tensor], modules: Sequence[nn.Module]) -> tuple[Any, ...]:
     """Return what changes when a parameter, buffer or mode changes, without reading the data."""
-    marks: list[Any] = [_mark(tensor) for tensor in tensors]
+    marks: list[Any] = [_fused_steps, *map(_mark, tensors)]
     for module in modules:
         marks.append(module.training)
         marks.extend(_mark(t) for t in module._parameters.values() if t is not None)

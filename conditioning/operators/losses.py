@@ -235,8 +235,8 @@ class LossOperator(VectorsOfRanks):
     def refresh(self) -> None:
         """Forget the graphs, so that the next product evaluates model and data anew.
 
-        Changes of parameters, buffers and training mode are noticed without this. Call
-        it after a change of the data or of anything else that the loss depends on.
+        Changes of parameters (not those in place through ``.data``), buffers and training mode are
+        noticed without this. Call it after a change of the data or of what else the loss reads.
         """
         self._kept = None
         self._some.clear()
