@@ -98,7 +98,9 @@ class Search:
             if self.k == 1:
                 allowed = self.failure_probability  # one round is all
             outer, settled = self._converge(found, floor, allowed)
-            self.noise = found.noise
+            # Beside locked pairs less than this is no eigenvalue: products round to the whole scale.
+            eps = float(torch.finfo(self.operator.dtype).eps)
+            self.noise = max(self.noise, found.noise, eps * found.jacobi.scale)
             self.restarts += found.num_restarts
             keys = key(found.jacobi.ritz_values)
             new = np.flatnonzero((keys > floor + self._tolerance(found)) & settled)
