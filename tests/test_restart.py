@@ -167,3 +167,52 @@ def test_a_basis_grows_in_pieces_and_turns_in_place():
     basis.rotate(turn)
     assert len(basis) == 7
     assert torch.allclose(basis.dense(), expected, atol=1e-12)
+
+
+def test_a_restarted_run_is_neither_saved_nor_loaded(tmp_path):
+    run = restarted(OUTLIERS, 30, max_steps=20)
+    with pytest.raises(InvalidArgumentError, match="cannot be saved"):
+        run.save(tmp_path / "run.pt")
+    with pytest.raises(InvalidArgumentError, match="cannot be loaded"):
+        run.load(tmp_path / "run.pt")
+
+
+def test_an_interrupt_within_a_restart_leaves_nothing_to_go_on_with(monkeypatch):
+    run = restarted(OUTLIERS, 20, max_steps=20)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run._basis, "rotate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.extend(1)
+    with pytest.raises(InvalidArgumentError, match="interrupted within a restart"):
+        run.extend(1)
+
+
+def test_a_saved_basis_keeps_its_dtype(tmp_path):
+    start = random_start(200, 0, "cpu")
+    runs = [
+        LanczosRun(MatrixOperator(planted(OUTLIERS)), start, basis_dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    ]
+    runs[0].extend(20)
+    runs[0].save(tmp_path / "run.pt")
+    runs[1].load(tmp_path / "run.pt")
+    for run in runs:
+        run.extend(10)
+    assert np.array_equal(runs[0].jacobi.diagonal, runs[1].jacobi.diagonal)
+    assert runs[0].guard == runs[1].guard
+
+
+@pytest.mark.parametrize(("which", "k", "rtol"), [("LA", 8, 7e-7), ("SA", 3, 1e-2)])
+def test_what_is_left_of_a_low_rank_operator_is_rounding_and_not_asymmetry(which, k, rtol):
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        size = int(rng.integers(50, 90))
+        values = np.zeros(size)
+        values[: k // 2 + 1] = 100 * rng.standard_normal(k // 2 + 1)
+        turn, _ = np.linalg.qr(rng.standard_normal((size, size)))
+        found = eigenvalues((turn * values) @ turn.T, k=k, which=which, rtol=rtol)
+        truth = np.sort(values)[::-1][:k] if which == "LA" else np.sort(values)[:k]
+        assert found.numpy() == pytest.approx(truth, abs=rtol * 400)

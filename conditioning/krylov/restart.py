@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,12 +133,24 @@ class RestartedRun(LanczosRun):
         self._log_before = 0.0
 
     def extend(self, num_steps: int) -> None:
-        """Do up to ``num_steps`` further products, restarting where the basis is full."""
+        """Do up to ``num_steps`` further products, restarting where the basis is full.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If an interrupt fell into a restart: the basis was half turned, and is gone.
+        """
+        if len(self._basis) != self.num_steps:
+            raise InvalidArgumentError("This run was interrupted within a restart: begin a new one.")
         while num_steps > 0 and not self.closed:
             if self.num_steps >= self.max_steps:
                 if self.complete:
                     return
-                self._restart()
+                try:
+                    self._restart()
+                except BaseException:
+                    self._basis.clear()
+                    raise
             count = min(num_steps, self.max_steps - self.num_steps)
             super().extend(count)
             num_steps -= count
@@ -183,3 +196,13 @@ class RestartedRun(LanczosRun):
                 self._dropped, self._log_norm,
             )  # fmt: skip
         return self._jacobi
+
+    # -- what is not offered ----------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:  # noqa: ARG002
+        """Not offered: the state of a plain run does not hold what restarts dropped."""
+        raise InvalidArgumentError("A run that restarts cannot be saved.")
+
+    def load(self, path: str | Path) -> None:  # noqa: ARG002
+        """Not offered."""
+        raise InvalidArgumentError("A run that restarts cannot be loaded.")

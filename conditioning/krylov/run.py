@@ -425,7 +425,9 @@ class LanczosRun:
             raise InvalidArgumentError(msg)
         self.num_steps, self._jacobi = 0, None
         self.max_steps = max(self.max_steps, len(state["basis"]))
-        self._basis = self._new_basis(self._basis.dtype)
+        # In the dtype of the file: rounding it again would lose what no bound knows of.
+        stored = state["basis"].dtype if len(state["basis"]) else self._basis.dtype
+        self._basis = self._new_basis(stored)
         for row in state["basis"]:
             self._append(row)
         self._alpha, self._beta = list(state["alpha"]), list(state["beta"])
