@@ -142,6 +142,10 @@ class _Halves(LinearOperator):
     def local_size(self):
         return self.shape[0] // 2
 
+    @property
+    def is_sharded(self):
+        return True
+
     def sum_over_shards(self, partial):
         return 2 * partial  # the other half is equal
 

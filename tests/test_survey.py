@@ -184,4 +184,4 @@ def test_kappa_is_never_said_to_be_less_than_kappa_10(budget):
     assert sure or budget < 500
     if sure:
         assert found.condition.low >= found.condition10.low
-    assert found.condition.needed_matvecs == min(int(18 * found.condition.low), 3000)
+    assert found.num_matvecs < found.condition.needed_matvecs <= 3000

@@ -141,7 +141,9 @@ class RestartedRun(LanczosRun):
             If an interrupt fell into a restart: the basis was half turned, and is gone.
         """
         if len(self._basis) != self.num_steps:
-            raise InvalidArgumentError("This run was interrupted within a restart: begin a new one.")
+            raise InvalidArgumentError(
+                "This run was interrupted within a restart: begin a new one."
+            )
         while num_steps > 0 and not self.closed:
             if self.num_steps >= self.max_steps:
                 if self.complete:

@@ -86,7 +86,7 @@ def certify(
         # The percentile is above the threshold, and no smaller one that is kept is above it.
         low = tenth.low
         certain += f", and >= {low:.4g} with probability 1 - {options.failure_probability:g}"
-    needed = needed_products(low, size)
+    needed = needed_of(run, low, options)
     message = (
         f"{certain}; stopped early, since certifying would take about "
         f"{needed:.2g} products or more and max_matvecs={limit} cannot suffice "
@@ -97,6 +97,13 @@ def certify(
         result, value=low, low=low, message=message, num_matvecs=operator.num_matvecs - spent,
         needed_matvecs=needed, kappa_10=tenth,
     )  # fmt: skip
+
+
+def needed_of(run: LanczosRun, certain: float, options: Options) -> int:
+    """Products that certifying would take, as the run tells."""
+    size = run.operator.shape[0]
+    mass = inverse_weight(size, options.failure_probability / 2)
+    return needed_products(certain, run.jacobi, mass, size)
 
 
 def _by_mass(probes: list[Probe], bounds: Bounds, size: int) -> float:
@@ -149,7 +156,7 @@ def _conclude(
         probe = Probe(run.jacobi, run.start_norm**2, run.guard)
         low = max(low, _by_mass([probe], bounds, run.operator.shape[0]))
     value, high = low, math.inf
-    status, message = _judge(run, bounds, low, exhausted=exhausted)
+    status, message = _judge(run, bounds, low, needed_of(run, low, options), exhausted=exhausted)
     if status in ("exhausted", "certified", "depends on threshold") and smallest is not None:
         high = bounds.largest.high / smallest.low if smallest.low > 0 else math.inf
         value = max(bounds.largest.value / smallest.value, 1.0) if math.isfinite(high) else low
@@ -163,12 +170,12 @@ def _conclude(
         value, low, high, bounds.largest, smallest or NAN, nullity, bounds.threshold, None, status,
         message, used, bounds.below, smallest.value if smallest else math.nan, run.guard,
         bounds.failure_probability, run.num_distinct() if exhausted else None,
-        needed_products(low, run.operator.shape[0]) if status == "lower bound only" else None,
+        needed_of(run, low, options) if status == "lower bound only" else None,
     )  # fmt: skip
 
 
 def _judge(
-    run: LanczosRun, bounds: Bounds, certain: float, *, exhausted: bool
+    run: LanczosRun, bounds: Bounds, certain: float, needed: int, *, exhausted: bool
 ) -> tuple[Status, str]:
     """Status and what it means here."""
     scale, smallest = bounds.largest.value, bounds.smallest
@@ -202,7 +209,7 @@ def _judge(
         f"kappa >= {certain:.4g} is certain (an eigenvalue of size at most "
         f"{scale / certain:.3g} exists), nothing below it is excluded down to the zero threshold "
         f"yet; certifying would take about "
-        f"{needed_products(certain, run.operator.shape[0]):.2g} products or more, "
+        f"{needed:.2g} products or more, "
         f"{_dense_cost(run)}"
     )
 

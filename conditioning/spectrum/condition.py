@@ -99,7 +99,8 @@ def condition_number(
         and residual give the sure side, exclusion by the Christoffel function the other
         (``conditioning.jacobi``).
     ``lower bound only``
-        ``kappa >= low`` is certain; nothing bounds it from above yet.
+        ``kappa >= low`` is certain; nothing bounds it from above yet. After an early stop ``low``
+        may come from ``kappa_10`` and hold with the probability that the message states.
     ``depends on threshold``
         There are eigenvalues on both sides of the threshold within a factor of 10.
     ``not resolvable``

@@ -144,8 +144,9 @@ class ConditionNumber(Result):
     distinct : int or None
         Distinct eigenvalues seen, where all of them were.
     needed_matvecs : int or None
-        With ``lower bound only``: products that certifying would take, about
-        (``min(18 kappa, n)`` for the certain ``kappa``, so rather too few than too many).
+        With ``lower bound only``: products that certifying would take, about (18 kappa for a
+        spectrum that fills both sides of zero, fewer beside outliers or on one side, at most n;
+        with the ``low`` of kappa, so rather too few than too many).
     kappa_10 : Estimate or None
         Where the run was stopped early: the quotient by the 10th percentile of ``|lambda|``, from
         the same products and a few more, with the ``failure_probability``.
@@ -194,7 +195,9 @@ class Eigenvalues(Result):
     ----------
     values : tuple of Estimate
         In the order that ``which`` asks for. With status ``certified`` entry ``i`` encloses the
-        ``i``-th eigenvalue of the operator, multiplicities counted.
+        ``i``-th eigenvalue of the operator, multiplicities counted. With ``LM`` its magnitude: the
+        sign is that of the pair found, and another eigenvalue within the enclosure of the
+        magnitude may have the other sign.
     residual_norms : tuple of float
         ``||A v - value v||``; an eigenvalue lies within this of each value, whatever the status.
     vectors : Tensor of shape (n, k) or None

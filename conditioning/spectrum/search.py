@@ -98,7 +98,7 @@ class Search:
             if self.k == 1:
                 allowed = self.failure_probability  # one round is all
             outer, settled = self._converge(found, floor, allowed)
-            # Beside locked pairs less than this is no eigenvalue: products round to the whole scale.
+            # Beside locked pairs less than this is rounding: it follows the scale of the whole.
             eps = float(torch.finfo(self.operator.dtype).eps)
             self.noise = max(self.noise, found.noise, eps * found.jacobi.scale)
             self.restarts += found.num_restarts

@@ -15,13 +15,12 @@ from conditioning.krylov import LanczosRun, make_generator, start_for
 from conditioning.memory import available_bytes
 from conditioning.operators.base import LinearOperator
 from conditioning.spectrum.bounds import Options
-from conditioning.spectrum.certify import certify, is_enclosed, is_exhausted
+from conditioning.spectrum.certify import certify, is_enclosed, is_exhausted, needed_of
 from conditioning.spectrum.common import check_at_least, check_counts, square
 from conditioning.spectrum.density import trace
 from conditioning.spectrum.full import NAN, full_spectrum, zero_operator
 from conditioning.spectrum.measure import Probe, SpectralMeasure, inverse_weight
 from conditioning.spectrum.percentile import over_percentile
-from conditioning.spectrum.predict import needed_products
 from conditioning.spectrum.results import ConditionNumber, Estimate, Result, Status
 
 _CHUNK = 10  # steps between two looks at the clock
@@ -339,7 +338,7 @@ class _Walk:
                 f"kappa >= kappa_10 >= {low:.4g} with probability at least 1 - {chance:g}; "
                 + message
             )
-        needed = needed_products(low, self._operator.shape[0])
+        needed = needed_of(self._run, low, self._options)
         return replace(condition, value=low, low=low, message=message, needed_matvecs=needed)
 
     def _ends(self) -> tuple[Estimate, Estimate]:
