@@ -4,16 +4,17 @@ A condition number is certified where the sum of squares ``K(x)`` of the orthono
 of the run passes ``1 / mass`` on the whole gap around zero (``conditioning.jacobi``). Two
 things are known of the products that this needs.
 
-* Over a bulk that comes closer to zero than the run resolves, ``|p_k(i d)|^2`` grows like ``exp(2 k
-  g(i d))`` with Green's function ``g`` of the bulk, which the run itself measures; once an
-  eigenvalue-free gap ``(-d, d)`` is resolved, ``K(0)`` grows at about that rate (derived here: ``g(i
-  d)`` is ``asinh(d)`` for ``[-1, 1]``, and ``atanh(d)`` at 0 without the gap). Passing ``1 / mass``
-  (1e17 for n = 1e5 and a failure probability of 1e-6) takes ``log(1 / mass) / (2 g)`` products: about
-  ``18 kappa`` for a bulk that reaches ``max|lambda|`` on both sides, less by the bulk's share of
-  ``max|lambda|`` beside outliers, and like ``14 sqrt(kappa)`` for a bulk on one side (``10
-  sqrt(kappa)`` are needed there). The certain lower bound of ``kappa`` stands in for it, so that this
-  errs on the side of too few, as does a run in which outliers are still converging; and never more than ``n``. Degenerate spectra take far fewer: there
-  ``K`` grows at the rate of their few distinct eigenvalues.
+* Over a bulk that comes closer to zero than the run resolves, solutions of the three-term
+  recurrence at ``i d`` grow like ``exp(k g(i d))`` with Green's function ``g`` of the bulk, which
+  the run itself measures; once a gap ``(-d, d)`` is resolved, ``K(0)`` grows at twice about that
+  rate (derived here: ``g(i d)`` is ``asinh(d)`` for ``[-1, 1]``, and ``atanh(d)`` at 0 without
+  the gap). Passing ``1 / mass`` (1e17 for n = 1e5 and a failure probability of 1e-6) takes
+  ``log(1 / mass) / (2 g)`` products: about ``18 kappa`` for a bulk that reaches ``max|lambda|``
+  on both sides, less by the bulk's share of ``max|lambda|`` beside outliers, and ``14 sqrt(kappa)``
+  for a bulk on one side (``10 sqrt(kappa)`` are needed there). The certain lower bound of ``kappa``
+  stands in for it, so that this errs on the side of too few, as does a run in which outliers still
+  converge; and it is never more than ``n``. Degenerate spectra take far fewer: there ``K`` grows
+  at the rate of their few distinct eigenvalues.
 * The growth of ``log K(0)`` over the latest steps, taken to go on. In the bulk ``K`` grows like the
   number of steps, its logarithm ever more slowly, and this too errs on the side of too few.
 
@@ -96,16 +97,19 @@ class Outlook:
 def needed_products(certain: float, jacobi: JacobiMatrix, inverse_mass: float, size: int) -> int:
     """Products that certifying a condition number of at least ``certain`` would take, about.
 
-    ``log(inverse_mass) / (2 g(i d))`` with ``d = max|lambda| / certain`` (the module says why), where
-    ``g`` is the mean of ``log |p_{j + 1} / p_j|`` over the later half of the run; at most ``size``.
+    ``log(inverse_mass) / (2 g(i d))`` with ``d = max|lambda| / certain`` (the module says why),
+    where ``g`` is the mean growth over the later half of the run; at most ``size``.
     """
     point, scale = 1j * max(jacobi.scale / certain, 1e-300), max(jacobi.scale, 1e-300)
     off = np.append(jacobi.off_diagonal, max(jacobi.residual_norm, 1e-20 * scale))
-    ratio, logs = 1.0 + 0j, []
-    for j, centre in enumerate(jacobi.diagonal):
-        # The recurrence of the polynomials, divided through; none has a root off the real axis.
-        ratio = (point - centre - (off[j - 1] / ratio if j else 0.0)) / off[j]
+    half = jacobi.size // 2
+    # Begun as a travelling wave, which grows from its first step on; p_j itself does not.
+    waves = np.roots([1.0, -(point - jacobi.diagonal[half]) / off[half], 1.0])
+    ratio = complex(waves[np.abs(waves).argmax()])
+    logs = []
+    for j in range(half, jacobi.size):
+        ratio = (point - jacobi.diagonal[j] - (off[j - 1] if j else 0.0) / ratio) / off[j]
         logs.append(float(np.log(abs(ratio))))
-    rate = 2 * float(np.mean(logs[len(logs) // 2 :]))
-    needed = float(np.log(inverse_mass)) / rate if rate > 0 else float("inf")
-    return int(min(needed, size))
+    # A bulk that fills [-max|lambda|, max|lambda|] has the smallest g of all.
+    growth = max(float(np.mean(logs)), float(np.arcsinh(1 / certain)))
+    return int(min(float(np.log(inverse_mass)) / (2 * growth), size))
