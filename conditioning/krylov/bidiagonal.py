@@ -102,10 +102,10 @@ class BidiagonalRun(LanczosRun):
         # vector, whose coefficient (the diagonal of the Jacobi matrix) is zero.
         side = self._sides[self.num_steps % 2]
         total = torch.zeros(len(side) + 1, dtype=vector.dtype, device=vector.device)
-        for _ in range(2):
-            coefficients = side.inner(vector)
-            vector = side.subtract(vector, coefficients)
-            total[:-1] += coefficients
+        for count in (min(len(side), 1), len(side)):  # the newest couples, the rest is rounding
+            coefficients = side.inner(vector, count)
+            side.subtract_(vector, coefficients)
+            total[len(side) - count : -1] += coefficients
         return vector, total
 
     def _product(self, vector: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class BidiagonalRun(LanczosRun):
                 f"{type(self._map).__name__} know its transpose? Pass rmatvec=."
             )
             raise ShapeError(msg)
-        return product.to(torch.float64)
+        return product.to(torch.float64, copy=True)
 
     def _rewind(self) -> None:
         kept = len(self._alpha)

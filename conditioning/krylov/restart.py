@@ -124,11 +124,11 @@ class RestartedRun(LanczosRun):
         wanted: int = 1,
         **options: Any,
     ) -> None:
+        self._arrow = np.empty(0)
         super().__init__(operator, start, **options)
         self._key = key
         self._wanted = wanted
         self.num_restarts = 0
-        self._arrow = np.empty(0)
         self._dropped = np.empty(0)
         self._log_before = 0.0
 
@@ -179,6 +179,11 @@ class RestartedRun(LanczosRun):
         self._may_close = False  # the recurrence that tells rounding from a residual is gone
         self._jacobi = None
         self.num_restarts += 1
+
+    def _num_coupled(self) -> int:
+        # The first product after a restart couples to all vectors that were kept.
+        kept = len(self._arrow)
+        return self.num_steps if kept and self.num_steps == kept + 1 else super()._num_coupled()
 
     def _leaked(self, coefficients: Tensor) -> Tensor:
         kept = len(self._arrow)

@@ -90,13 +90,16 @@ class Basis:
             index -= len(piece)
         raise IndexError(index)
 
-    def _rows(self) -> list[Tensor]:
+    def _rows(self, newest: int | None = None) -> list[Tensor]:
         rows, left = [], self._count
+        skipped = 0 if newest is None else self._count - newest
         for piece in self._pieces:
             if left <= 0:
                 break
-            rows.append(piece[:left])
+            if skipped < min(left, len(piece)):
+                rows.append(piece[skipped:left])
             left -= len(piece)
+            skipped = max(skipped - len(piece), 0)
         return rows
 
     def append(self, vectors: Tensor) -> None:
@@ -128,22 +131,23 @@ class Basis:
         """Forget all vectors and give their memory back."""
         self._pieces, self._count = [], 0
 
-    def inner(self, vectors: Tensor) -> Tensor:
-        """Inner products with a vector ``(n,)`` or a block ``(n, p)``: one sum over processes."""
-        rows = self._rows()
+    def inner(self, vectors: Tensor, newest: int | None = None) -> Tensor:
+        """Inner products with a vector ``(n,)`` or a block ``(n, p)``: one sum over processes.
+
+        Of the ``newest`` vectors only, if given.
+        """
+        rows = self._rows(newest)
         if not rows:
             return torch.zeros((0, *vectors.shape[1:]), dtype=vectors.dtype, device=vectors.device)
         partial = torch.cat([self._times(row, vectors) for row in rows])
         return self._operator.sum_over_shards(partial)
 
-    def subtract(self, vectors: Tensor, coefficients: Tensor) -> Tensor:
-        """``vectors - basis @ coefficients``, in a new tensor."""
-        rows = self._rows()
-        vectors = vectors.clone()
+    def subtract_(self, vectors: Tensor, coefficients: Tensor) -> None:
+        """Take ``basis @ coefficients`` off ``vectors``: coefficients of the newest ones."""
+        rows = self._rows(len(coefficients))
         parts = coefficients.split([len(row) for row in rows])
         for row, part in zip(rows, parts, strict=True):
             self._add(vectors, row, part, -1.0)
-        return vectors
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """``basis @ coefficients`` for ``coefficients`` of shape ``(k, l)``, in float64."""
