@@ -382,6 +382,11 @@ class LanczosRun:
         norm = self._beta[-1] if self._beta else 1.0
         return self._next * norm
 
+    @property
+    def direction(self) -> Tensor:
+        """The residual as a unit vector, shape ``(n,)``: the next basis vector."""
+        return self._next
+
     def combine(self, coefficients: Tensor) -> Tensor:
         """Basis times ``coefficients`` of shape ``(k, l)``, without copying the basis."""
         return self._basis.combine(coefficients.to(self._device, torch.float64))

@@ -40,6 +40,7 @@ def eigenvalues(
     max_matvecs: int = 1000,
     failure_probability: float = 1e-6,
     memory_budget: int | None = None,
+    certify: bool = True,
 ) -> Eigenvalues:
     """The ``k`` extreme eigenvalues of a symmetric operator, multiplicities counted.
 
@@ -67,6 +68,10 @@ def eigenvalues(
     memory_budget : int, optional
         Bytes for the basis. Default: half of what is free. With less than the run would fill,
         it restarts.
+    certify : bool
+        False ends the Lanczos route when ``k`` pairs have converged, as ARPACK does: the values
+        are eigenvalues, and none exceeds the first by more than its error, but further copies of
+        a multiple eigenvalue, or a member of a cluster, may be missing. Status "not certified".
 
     Returns
     -------
@@ -79,10 +84,13 @@ def eigenvalues(
 
     Notes
     -----
-    A Krylov space from one vector holds one copy of each eigenvalue. So after convergence
-    the pairs are locked, and a run on the rest of the space either finds what is missing
-    (further copies, overlooked values), or excludes it up to 1 % beyond the ``k``-th value. For
-    ``k=1`` copies do not matter, and the first run alone excludes a larger value.
+    A Krylov space from one vector holds one copy of each eigenvalue, and nothing of the others.
+    So after convergence the pairs are put aside, and a run from a second random vector on the rest
+    of the space either finds what is missing (further copies, overlooked values), or excludes it up
+    to 1 % beyond the ``k``-th value. Pairs behind the wanted ones are put aside with them, also
+    half converged: what couples them to the rest enters the bound squared, and the second run has
+    a wider gap to work with (``conditioning.spectrum.locked``). For ``k=1`` copies do not matter,
+    and the first run alone excludes a larger value.
 
     A full basis is restarted from its best Ritz vectors (thick restart); the exclusion remains
     proved (``conditioning.krylov.restart``) and only costs more products. Where products are
@@ -102,25 +110,30 @@ def eigenvalues(
         return _dense(taken, k, which, vectors, memory_budget, spent)
     key = KEYS[which]
     generator = make_generator(seed)
-    locked = Locked(
-        torch.empty(taken.local_size, 0, dtype=torch.float64, device=taken.device),
-        np.empty(0),
-        np.empty(0),
-    )
     if method == "power":
+        locked = Locked(
+            torch.empty(taken.local_size, 0, dtype=torch.float64, device=taken.device),
+            np.empty(0),
+            np.empty(0),
+        )
         status, message = power_pairs(taken, locked, k, which, rtol, max_matvecs, generator, spent)
-        outer, joint = np.inf, None
+        outer, chance = np.inf, 0.0
+        coupling, rounding = _refine(taken, locked, key)
+        found, residuals, basis = locked.values, locked.residuals, locked.vectors
     else:
-        search = Search(taken, k, which, rtol, max_matvecs, failure_probability, spent)
+        search = Search(
+            taken, k, which, rtol, max_matvecs, failure_probability, spent, certify=certify
+        )
         search.plan_memory(memory_budget)
-        status, message, outer, joint = search.run(locked, generator)
-        failure_probability = search.chance
-    coupling, rounding = _refine(taken, locked, key) if joint is None else joint
-    estimates = tuple(_enclose(locked.values, key, outer, coupling, rounding, which))
+        status, message, outer, pairs = search.run(generator)
+        norms, coupling = pairs.residuals()
+        chance, rounding = search.chance, pairs.rounding
+        found, residuals = pairs.values[:k], norms + rounding
+        basis = pairs.vectors[:, :k]
+    estimates = tuple(_enclose(found, key, outer, coupling, rounding, which))
     return Eigenvalues(
-        estimates, tuple(map(float, locked.residuals)),
-        locked.vectors if vectors else None, which, method, taken.num_matvecs - spent, status,
-        message, failure_probability if status in ("certified", "exhausted") else 0.0,
+        estimates, tuple(map(float, residuals)), basis if vectors else None, which, method,
+        taken.num_matvecs - spent, status, message, chance if np.isfinite(outer) else 0.0,
     )  # fmt: skip
 
 

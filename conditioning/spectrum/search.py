@@ -8,16 +8,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from conditioning.jacobi import Array
 from conditioning.krylov import start_for
 from conditioning.krylov.restart import RestartedRun
 from conditioning.memory import available_bytes
 from conditioning.operators.base import LinearOperator
 from conditioning.spectrum.measure import inverse_weight
-from conditioning.spectrum.pairs import KEYS, Locked
+from conditioning.spectrum.locked import SharedPairs, num_worth_keeping
+from conditioning.spectrum.pairs import KEYS
 
 # How far beyond the k-th value an eigenvalue that nobody saw could lie: resolving less
 # costs products like 1 / sqrt of it.
 _SLACK = 1e-2
+_EXTRA = 20  # pairs kept beside the wanted ones, at most
 _AMPLE = 200  # vectors beside the wanted ones: a basis of so many is not worth halving
 
 
@@ -32,11 +35,13 @@ class Search:
     max_matvecs: int
     failure_probability: float
     spent: int
+    certify: bool = True
     max_basis: int = 0
     basis_dtype: torch.dtype = torch.float64
     noise: float = 0.0
     chance: float = 0.0
     restarts: int = 0
+    extra: int = 0
     rounds: int = field(default=0, init=False)
 
     def plan_memory(self, budget: int | None) -> None:
@@ -51,14 +56,13 @@ class Search:
         if room < ample and operator.dtype.itemsize <= 4:
             # What storing loses is what the products lose anyway.
             self.basis_dtype, room = torch.float32, 2 * room
-        self.max_basis = max(room, 2 * self.k + 10)
+        self.extra = max(min(_EXTRA, room // 8), 0) if self.k > 1 else 0
+        self.max_basis = max(room - self.extra, 2 * self.k + 10)
 
     @property
     def left(self) -> int:
-        """Products left, with one for each pair put aside to measure its residual at the end."""
-        used = self.operator.num_matvecs - self.spent
-        spare = min(self.k, self.max_matvecs // 2) if self.k > 1 else 0
-        return self.max_matvecs - spare - used
+        """Products left."""
+        return self.max_matvecs - (self.operator.num_matvecs - self.spent)
 
     @property
     def _near_rounding(self) -> bool:
@@ -68,64 +72,74 @@ class Search:
         """
         return self.rtol < 1e3 * torch.finfo(self.operator.dtype).eps
 
-    def run(
-        self, locked: Locked, generator: torch.Generator
-    ) -> tuple[str, str, float, tuple[float, float] | None]:
-        """Fill ``locked``.
+    def run(self, generator: torch.Generator) -> tuple[str, str, float, SharedPairs]:
+        """Find the wanted pairs.
 
         Returns
         -------
         tuple
-            Status, message, the largest key that may be missing, and the norm of the residuals
-            of all pairs together with its rounding, or None where they were not found together.
+            Status, message, the largest key that may be missing, and the pairs.
         """
         key = KEYS[self.which]
-        joint: tuple[float, float] | None = None
-        while True:
-            full = len(locked.values) == self.k
-            if self.left < 2:
-                return *self._unfinished(full), np.inf, joint
+        pairs = SharedPairs(self.operator, self.k, self.extra, key)
+        outer = np.inf
+        while self.left >= 2:
             found = RestartedRun(
                 self.operator, start_for(self.operator, generator), key=key, wanted=self.k,
-                deflate=locked.vectors, measure_noise=self.rounds == 0 and self._near_rounding,
+                deflate=pairs.vectors, measure_noise=self.rounds == 0 and self._near_rounding,
                 max_steps=self.max_basis, basis_dtype=self.basis_dtype,
             )  # fmt: skip
             self.rounds += 1
             found.noise = self.noise
-            floor = float(key(locked.values).min()) if full else -np.inf
             # Each round is another chance to be wrong: the rounds share the allowance.
             allowed = self.failure_probability / (self.rounds * (self.rounds + 1))
-            if self.k == 1:
+            if self.k == 1 or not self.certify:
                 allowed = self.failure_probability  # one round is all
-            outer, settled = self._converge(found, floor, allowed)
+            outer, settled = self._converge(found, pairs, allowed)
             # Beside locked pairs less than this is rounding: it follows the scale of the whole.
             eps = float(torch.finfo(self.operator.dtype).eps)
             self.noise = max(self.noise, found.noise, eps * found.jacobi.scale)
             self.restarts += found.num_restarts
+            full, floor = pairs.full, pairs.floor
             keys = key(found.jacobi.ritz_values)
             new = np.flatnonzero((keys > floor + self._tolerance(found)) & settled)
-            if full and not len(new):
-                if self._excluded(found, outer, floor):
-                    self.chance = self._chance(found, self.failure_probability)
-                    return *self._finished(found), max(outer, floor), joint
-                return *self._unfinished(True), np.inf, joint
             if not len(new):
-                return *self._unfinished(False), np.inf, joint
-            best = new[np.argsort(-keys[new])][: self.k]
-            ritz = found.jacobi.ritz_vectors[:, best]
-            locked.add(
-                found.combine(torch.from_numpy(ritz.copy())), found.jacobi.ritz_values[best],
-                found.jacobi.residual_norms[best] + found.guard, key, self.k,
-            )  # fmt: skip
-            # Pairs of one run share one residual vector, whose coefficients are known.
-            together = float(np.sqrt((found.jacobi.residual_norms[best] ** 2).sum()))
-            joint = (together, found.guard) if self.rounds == 1 else None
+                if full and self._excluded(found, pairs.beyond(outer), floor):
+                    self.chance = self._chance(found, self.failure_probability)
+                    return *self._finished(found), pairs.beyond(outer), pairs
+                break
+            self._put_aside(found, pairs, keys, settled & (keys > floor + self._tolerance(found)))
             if self.k == 1:
-                value = float(keys[best[0]])
-                if self._excluded(found, outer, value):
+                if self._excluded(found, outer, pairs.floor):
                     self.chance = self._chance(found, allowed)
-                    return *self._finished(found), max(outer, value), joint
-                return *self._unfinished(True), np.inf, joint
+                    return *self._finished(found), max(outer, pairs.floor), pairs
+                break
+            if pairs.full and not self.certify:
+                self.chance = self._chance(found, allowed)
+                return *self._one_run(), max(self._outer(found, allowed), pairs.floor), pairs
+        return *self._unfinished(pairs.full), np.inf, pairs
+
+    def _put_aside(
+        self, run: RestartedRun, pairs: SharedPairs, keys: Array, settled: NDArray[np.bool_]
+    ) -> None:
+        """Settled pairs of a run, and of the others those that make the next run shorter."""
+        jacobi = run.jacobi
+        order = np.argsort(-keys, kind="stable")
+        best = order[settled[order]][: self.k]
+        if len(best) == self.k and self.k > 1:
+            # Others follow the wanted ones in the same order.
+            others = order[~np.isin(order, best)]
+            order = np.concatenate([best, others])
+            shares = jacobi.residual_norm * jacobi.ritz_vectors[-1, order]
+            last = float(keys[best].min())
+            limit = last + _SLACK * abs(last)
+            count = num_worth_keeping(keys[order], shares, self.k, limit, self.extra)
+            best = order[: self.k + count]
+        pairs.add(
+            run.combine(torch.from_numpy(jacobi.ritz_vectors[:, best].copy())),
+            jacobi.ritz_values[best], run.direction,
+            jacobi.residual_norm * jacobi.ritz_vectors[-1, best], run.guard,
+        )  # fmt: skip
 
     def _tolerance(self, run: RestartedRun) -> float:
         return max(self.rtol * run.jacobi.scale, 4 * run.guard)
@@ -142,10 +156,10 @@ class Search:
         return 5 if run.num_steps < 60 else run.num_steps // 12
 
     def _converge(
-        self, run: RestartedRun, floor: float, allowed: float
+        self, run: RestartedRun, pairs: SharedPairs, allowed: float
     ) -> tuple[float, NDArray[np.bool_]]:
-        """Extend until what exceeds ``floor`` has converged or is excluded."""
-        key = KEYS[self.which]
+        """Extend until what exceeds the last wanted pair has converged or is excluded."""
+        key, floor = KEYS[self.which], pairs.floor
         while True:
             room = self.left - (0 if run.num_steps or not self._near_rounding else 1)
             if run.num_steps >= run.max_steps and run.complete:
@@ -168,7 +182,7 @@ class Search:
                     return np.inf, settled
                 if not len(beyond):
                     outer = self._outer(run, allowed)
-                    if self._excluded(run, outer, floor):
+                    if self._excluded(run, pairs.beyond(outer), floor):
                         return outer, settled
             elif done and self.k > 1:
                 return np.inf, settled
@@ -207,6 +221,13 @@ class Search:
         return "certified", (
             f"no eigenvalue lies more than 1 % beyond the last value, with probability at least "
             f"1 - {self.failure_probability:g}{self._how()}"
+        )
+
+    def _one_run(self) -> tuple[str, str]:
+        return "not certified", (
+            f"{self.k} pairs reached rtol={self.rtol:g} in one run, which holds one copy of each "
+            f"eigenvalue: further copies, and values that it overlooked below the first one, were "
+            f"not looked for (certify=False){self._how()}"
         )
 
     def _how(self) -> str:
