@@ -39,6 +39,7 @@ class SharedPairs:
         self.values: Array = np.empty(0)
         self._shares: Array = np.empty((0, 0))
         self.rounding = 0.0
+        self._behind = 0.0
 
     def add(self, vectors: Tensor, values: Array, tail: Tensor, shares: Array, guard: float) -> None:
         """Put Ritz pairs of one run beside all these aside; keep the best.
@@ -69,6 +70,15 @@ class SharedPairs:
         blocks = [[old, np.zeros((len(old), new))], [np.zeros((1, old.shape[1])), shares[None]]]
         self._shares = np.block(blocks) @ turn
         self.rounding += guard
+        self._behind = self._coupling(slice(self.k, None))
+
+    def narrow(self) -> bool:
+        """Keep the wanted pairs alone; whether there were others."""
+        if len(self.values) <= self.k:
+            return False
+        self.vectors, self.values = self.vectors[:, : self.k].clone(), self.values[: self.k]
+        self._shares, self._behind = self._shares[:, : self.k], 0.0
+        return True
 
     @property
     def full(self) -> bool:
@@ -89,10 +99,12 @@ class SharedPairs:
 
     def residuals(self) -> tuple[Array, float]:
         """Residual norm of every wanted pair, and the spectral norm of all together."""
-        roots = self._roots(slice(0, self.k))
-        if not roots.size:
-            return np.zeros(roots.shape[1]), 0.0
-        return np.linalg.norm(roots, axis=0), float(np.linalg.norm(roots, 2))
+        wanted = slice(0, self.k)
+        return np.linalg.norm(self._roots(wanted), axis=0), self._coupling(wanted)
+
+    def _coupling(self, wanted: slice) -> float:
+        roots = self._roots(wanted)
+        return float(np.linalg.norm(roots, 2)) if roots.size else 0.0
 
     def beyond(self, outer: float) -> float:
         """Largest key beside the wanted pairs, where it is ``outer`` beside all pairs.
@@ -103,7 +115,7 @@ class SharedPairs:
         if len(self.values) <= self.k or not np.isfinite(outer):
             return outer
         largest = float(self.key(self.values[self.k :]).max())
-        return joined(largest, outer, float(np.linalg.norm(self._roots(slice(self.k, None)), 2)))
+        return joined(largest, outer, self._behind)
 
 
 def joined(first: float, second: float, coupling: float) -> float:
@@ -115,9 +127,9 @@ def joined(first: float, second: float, coupling: float) -> float:
 def num_worth_keeping(keys: Array, shares: Array, k: int, limit: float, extra: int) -> int:
     """How many pairs behind the ``k`` wanted ones a run beside them gains most from.
 
-    With ``m`` of them away the run sees nothing above the next key, and has to exclude what lies
-    above ``limit - r^2 / (limit - a)`` (:meth:`SharedPairs.beyond`): the wider the gap between
-    the two, the fewer the products.
+    With ``m`` of them away the run sees nothing above the next key (to its residual), and has to
+    exclude what lies above ``limit - r^2 / (limit - a)`` (:meth:`SharedPairs.beyond`): the wider
+    the gap between the two, the fewer the products.
 
     Parameters
     ----------
@@ -129,13 +141,14 @@ def num_worth_keeping(keys: Array, shares: Array, k: int, limit: float, extra: i
     extra : int
         Pairs at most.
     """
-    best, widest = 0, -np.inf
-    for count in range(min(extra, len(keys) - k - 1) + 1):
-        target = limit
-        if count:
-            coupling = float((shares[k : k + count] ** 2).sum())
-            target -= coupling / max(limit - float(keys[k]), 1e-300)
-        gap = target - float(keys[k + count]) if k + count < len(keys) else -np.inf
-        if gap > widest:
+    if len(keys) <= k:
+        return 0
+    reach = keys + np.abs(shares)
+    best, widest = 0, limit - float(reach[k:].max())
+    room = limit - float(keys[k])
+    for count in range(1, min(extra, len(keys) - k - 1) + 1):
+        target = limit - float((shares[k : k + count] ** 2).sum()) / max(room, 1e-300)
+        gap = target - float(reach[k + count :].max())
+        if gap > max(widest, 0.0):
             best, widest = count, gap
     return best

@@ -107,6 +107,8 @@ class Search:
                 if full and self._excluded(found, pairs.beyond(outer), floor):
                     self.chance = self._chance(found, self.failure_probability)
                     return *self._finished(found), pairs.beyond(outer), pairs
+                if full and pairs.narrow():
+                    continue  # they hide more than they were taken for: again, without them
                 break
             self._put_aside(found, pairs, keys, settled & (keys > floor + self._tolerance(found)))
             if self.k == 1:
@@ -184,6 +186,9 @@ class Search:
                     outer = self._outer(run, allowed)
                     if self._excluded(run, pairs.beyond(outer), floor):
                         return outer, settled
+                    seen = float(keys[top[0]])
+                    if not self._excluded(run, pairs.beyond(seen), floor):
+                        return np.inf, settled
             elif done and self.k > 1:
                 return np.inf, settled
             elif done:
