@@ -222,6 +222,12 @@ class JacobiMatrix:
             low = float(steps[first - 1]) if first else high / 2
         return top + scale * high
 
+    def excludes_beyond(self, point: float, inverse_mass: float) -> bool:
+        """Whether ``right_end`` is at most ``point``, without searching for it."""
+        if point <= self.ritz_values[-1]:
+            return False
+        return bool(self.inverse_mass(np.array([point]))[0][0] > inverse_mass)
+
     # -- cumulated mass ---------------------------------------------------------------------
 
     @cached_property

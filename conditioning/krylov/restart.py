@@ -97,6 +97,14 @@ class RestartedMatrix(JacobiMatrix):
             low = float(steps[first - 1]) if first else high / 2
         return top + scale * high
 
+    def excludes_beyond(self, point: float, inverse_mass: float) -> bool:
+        """Whether ``right_end`` is at most ``point``, without searching for it."""
+        distances = point - np.concatenate([self.dropped, self.ritz_values])
+        if distances.min() <= 0:
+            return False
+        wanted = self.log_norm + 0.5 * float(np.log(inverse_mass))
+        return bool(np.log(distances).sum() > wanted)
+
     def inverse_mass(self, points: Array) -> tuple[Array, Array]:  # noqa: ARG002
         """Not known within the spectrum: the polynomials are gone."""
         raise InvalidArgumentError("A restarted run excludes nothing within its spectrum.")

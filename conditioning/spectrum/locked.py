@@ -102,6 +102,13 @@ class SharedPairs:
         wanted = slice(0, self.k)
         return np.linalg.norm(self._roots(wanted), axis=0), self._coupling(wanted)
 
+    def target(self, limit: float) -> float:
+        """What ``beyond`` takes to ``limit``; minus infinity where nothing does."""
+        if len(self.values) <= self.k:
+            return limit
+        room = limit - float(self.key(self.values[self.k :]).max())
+        return limit - self._behind**2 / room if room > 0 else -np.inf
+
     def _coupling(self, wanted: slice) -> float:
         roots = self._roots(wanted)
         return float(np.linalg.norm(roots, 2)) if roots.size else 0.0
@@ -127,9 +134,11 @@ def joined(first: float, second: float, coupling: float) -> float:
 def num_worth_keeping(keys: Array, shares: Array, k: int, limit: float, extra: int) -> int:
     """How many pairs behind the ``k`` wanted ones a run beside them gains most from.
 
-    With ``m`` of them away the run sees nothing above the next key (to its residual), and has to
-    exclude what lies above ``limit - r^2 / (limit - a)`` (:meth:`SharedPairs.beyond`): the wider
-    the gap between the two, the fewer the products.
+    With ``m`` of them away the run has to exclude what lies above ``limit - r^2 / (limit - a)``
+    (:meth:`SharedPairs.beyond`), and sees hardly anything above the last of them: the wider the
+    gap between the two, the fewer the products. Only those that are told apart from the next one
+    by more than their residual count: below, any number may lie between two Ritz values. A wrong
+    guess costs products, never the certificate.
 
     Parameters
     ----------
@@ -141,14 +150,10 @@ def num_worth_keeping(keys: Array, shares: Array, k: int, limit: float, extra: i
     extra : int
         Pairs at most.
     """
-    if len(keys) <= k:
+    if len(keys) <= k or limit <= keys[k]:
         return 0
-    reach = keys + np.abs(shares)
-    best, widest = 0, limit - float(reach[k:].max())
-    room = limit - float(keys[k])
-    for count in range(1, min(extra, len(keys) - k - 1) + 1):
-        target = limit - float((shares[k : k + count] ** 2).sum()) / max(room, 1e-300)
-        gap = target - float(reach[k + count :].max())
-        if gap > max(widest, 0.0):
-            best, widest = count, gap
-    return best
+    told_apart = np.abs(shares[k:-1]) < keys[k:-1] - keys[k + 1 :]
+    count = min(extra, int(np.append(told_apart, False).argmin()))
+    lost = np.cumsum(shares[k : k + count] ** 2) / (limit - keys[k])
+    gaps = limit - lost - keys[k : k + count]
+    return int(gaps.argmax()) + 1 if count and gaps.max() > 0 else 0

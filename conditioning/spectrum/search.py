@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from conditioning.jacobi import Array
+from conditioning.jacobi import Array, JacobiMatrix
 from conditioning.krylov import start_for
 from conditioning.krylov.restart import RestartedRun
 from conditioning.memory import available_bytes
@@ -148,8 +148,25 @@ class Search:
 
     def _excluded(self, run: RestartedRun, outer: float, floor: float) -> bool:
         """Whether nothing in the run's space lies noticeably beyond ``floor``."""
+        return outer <= self._limit(run, floor)
+
+    def _limit(self, run: RestartedRun, floor: float) -> float:
+        """Key that nothing missed may exceed."""
         small = run.guard if self.k == 1 else min(self._tolerance(run), _SLACK * run.jacobi.scale)
-        return outer <= floor + _SLACK * abs(floor) + small
+        return floor + _SLACK * abs(floor) + small
+
+    def _excludes(self, run: RestartedRun, target: float, allowed: float) -> bool:
+        """Whether ``_outer`` is at most ``target``: one point of each side instead of a search."""
+        if run.only_zeros or run.complete:
+            return self._outer(run, allowed) <= target
+        inverse_mass = inverse_weight(self.operator.shape[0], self._chance(run, allowed))
+        return all(
+            side.excludes_beyond(target - run.guard, inverse_mass) for side in self._sides(run)
+        )
+
+    def _sides(self, run: RestartedRun) -> list[JacobiMatrix]:
+        sides = {"LM": (False, True), "LA": (False,), "SA": (True,)}[self.which]
+        return [run.jacobi.mirrored() if side else run.jacobi for side in sides]
 
     def _pace(self, run: RestartedRun) -> int:
         """Products between two looks: as many as a look costs little against."""
@@ -183,18 +200,15 @@ class Search:
                 if len(beyond) and settled[beyond].all():
                     return np.inf, settled
                 if not len(beyond):
-                    outer = self._outer(run, allowed)
-                    if self._excluded(run, pairs.beyond(outer), floor):
-                        return outer, settled
+                    if self._excludes(run, pairs.target(self._limit(run, floor)), allowed):
+                        return self._outer(run, allowed), settled
                     seen = float(keys[top[0]])
                     if not self._excluded(run, pairs.beyond(seen), floor):
                         return np.inf, settled
             elif done and self.k > 1:
                 return np.inf, settled
-            elif done:
-                outer = self._outer(run, allowed)
-                if self._excluded(run, outer, float(keys[top[0]])):
-                    return outer, settled
+            elif done and self._excludes(run, self._limit(run, float(keys[top[0]])), allowed):
+                return self._outer(run, allowed), settled
 
     def _chance(self, run: RestartedRun, allowed: float) -> float:
         """Probability with which an outer bound of the run's space may be wrong."""
@@ -212,12 +226,7 @@ class Search:
             reach = KEYS[self.which](jacobi.ritz_values) + jacobi.residual_norms
             return float(reach.max()) + run.guard
         inverse_mass = inverse_weight(self.operator.shape[0], self._chance(run, allowed))
-        ends = []
-        if self.which in ("LM", "LA"):
-            ends.append(jacobi.right_end(inverse_mass))
-        if self.which in ("LM", "SA"):
-            ends.append(jacobi.mirrored().right_end(inverse_mass))
-        return max(ends) + run.guard
+        return max(side.right_end(inverse_mass) for side in self._sides(run)) + run.guard
 
     def _finished(self, run: RestartedRun) -> tuple[str, str]:
         if run.closed:
