@@ -41,7 +41,9 @@ class SharedPairs:
         self.rounding = 0.0
         self._behind = 0.0
 
-    def add(self, vectors: Tensor, values: Array, tail: Tensor, shares: Array, guard: float) -> None:
+    def add(
+        self, vectors: Tensor, values: Array, tail: Tensor, shares: Array, guard: float
+    ) -> None:
         """Put Ritz pairs of one run beside all these aside; keep the best.
 
         Parameters

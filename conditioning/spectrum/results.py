@@ -198,6 +198,7 @@ class Eigenvalues(Result):
         ``i``-th eigenvalue of the operator, multiplicities counted. With ``LM`` its magnitude: the
         sign is that of the pair found, and another eigenvalue within the enclosure of the
         magnitude may have the other sign.
+        With ``certify=False`` it does so too, but up to the largest eigenvalue.
     residual_norms : tuple of float
         ``||A v - value v||``; an eigenvalue lies within this of each value, whatever the status.
     vectors : Tensor of shape (n, k) or None
@@ -205,7 +206,7 @@ class Eigenvalues(Result):
     num_matvecs : int
     status : {"exact", "exhausted", "certified", "not certified", "not converged"}
         ``not certified``: the residuals are small, but nothing excludes an eigenvalue that was
-        missed (power iteration always, Lanczos when the budget ends).
+        missed (power iteration always, Lanczos with ``certify=False``, or when the budget ends).
     message : str
     failure_probability : float
     """
