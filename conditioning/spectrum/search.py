@@ -13,8 +13,8 @@ from conditioning.krylov import start_for
 from conditioning.krylov.restart import RestartedRun
 from conditioning.memory import available_bytes
 from conditioning.operators.base import LinearOperator
-from conditioning.spectrum.measure import inverse_weight
 from conditioning.spectrum.locked import SharedPairs, num_worth_keeping
+from conditioning.spectrum.measure import inverse_weight
 from conditioning.spectrum.pairs import KEYS
 
 # How far beyond the k-th value an eigenvalue that nobody saw could lie: resolving less
