@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,14 +31,21 @@ _CHUNK_BYTES = 64 * 2**20
 _LARGEST_CHUNK = 256
 _FEWEST = 4
 
-# Seconds to build an engine: a constant and a part per node of the gradient's graph. Measured on
-# one core of a 2-core x86-64 machine (torch 2.13): tracing took 0.15 s for 41 nodes and 1.5 to
-# 3.5 s for 574, compiling (imports and gcc) 10 to 35 s for 41 and 24 to 53 s for 574.
-_SECONDS = {"linearized": (0.3, 0.005), "compiled": (15.0, 0.04)}
+# Vectors that a traced graph takes at once: with wider blocks products do not get cheaper.
+_WIDEST_TRACE = 64
+
+# Seconds to build an engine: a constant, a part per node of the gradient's graph, and some
+# multiplications to trace, check and time it. Measured on one core of a 2-core x86-64 machine
+# (torch 2.13), in seconds: tracing 41 nodes 0.8 with imports and 0.03 without, 350 nodes 1.2,
+# 1307 nodes 1.9 to 3.6, 3475 nodes 4.9, and blocks the same again to twice as much; compiling
+# (imports and gcc) 10 to 35 for 41 nodes and 24 to 53 for 574.
+_SECONDS = {"linearized": (0.5, 0.003), "compiled": (15.0, 0.04)}
+_TRIALS = 12
 # What is not faster by this share is not worth its memory.
 _GAIN = 0.1
 
 Rows = Callable[[Tensor], Tensor]
+Run = Callable[[list[Tensor]], Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -302,9 +310,10 @@ class _Job:
         ledger, many = self._ledger, self._many
         begin = clock(self.domain.device)
         result = self._current(self.block)
-        ledger.spent[many] += clock(self.domain.device) - begin
+        seconds = clock(self.domain.device) - begin
+        ledger.spent[many] += seconds
         for engine in self._candidates():
-            if ledger.spent[many] >= self._price(engine):
+            if ledger.spent[many] >= self._price(engine) + _TRIALS * seconds:
                 self._try(engine)
                 break
         return result
@@ -372,11 +381,11 @@ class _Job:
         self._ledger.ways[many] = way
 
     def _width(self) -> int:
-        return min(self.multiplier.chunk, _CHUNK, len(self.block))
+        return min(self.multiplier.chunk, _WIDEST_TRACE, len(self.block))
 
     def _built(self, engine: str, kinds: Sequence[str]) -> list[_Way]:
         """Build an engine; an empty list, and the reason noted, where that fails."""
-        begin = clock(self.domain.device)
+        begin = time.perf_counter()  # a compiler is a process of its own
         try:
             with isolated_randomness(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -387,7 +396,7 @@ class _Job:
         except Exception as error:
             self._refuse(engine, _first_line(error))
             return []
-        self.multiplier._build_seconds[engine, self._many] = clock(self.domain.device) - begin
+        self.multiplier._build_seconds[engine, self._many] = time.perf_counter() - begin
         return ways
 
     def _rows(self, engine: str, kind: str) -> Rows:
@@ -401,17 +410,19 @@ class _Job:
             ledger.program = trace(lambda parts: apply(parts, batched=False), one, budget)
         program = ledger.program
         if kind == "loop":
-            run = self._finished(engine, program, one)
-            return lambda block: torch.stack(
-                [codomain.join(run(domain.split(row))) for row in block]
-            )
-        wide = program.for_blocks(domain.split(probe), self.budget())
-        run = self._finished(engine, wide, domain.split(probe))
-        return _in_chunks(run, program, domain, codomain, len(probe))
+            return _one_by_one(self._finished(engine, program, one), domain, codomain)
+        # What is left of a block goes through a narrow trace, and then one by one.
+        rows = _one_by_one(program, domain, codomain)
+        widths = [len(probe)] if len(probe) <= _CHUNK else [_CHUNK, len(probe)]
+        for width in widths:
+            parts = domain.split(probe[:width])
+            run: Run = program.for_blocks(parts, self.budget())
+            if width == len(probe):
+                run = self._finished(engine, cast("LinearProgram", run), parts)
+            rows = _in_chunks(run, rows, domain, codomain, width)
+        return rows
 
-    def _finished(
-        self, engine: str, program: LinearProgram, tangents: list[Tensor]
-    ) -> Callable[[list[Tensor]], Sequence[Tensor | None]]:
+    def _finished(self, engine: str, program: LinearProgram, tangents: list[Tensor]) -> Run:
         if engine != "compiled":
             return program
         key = program.signature()
@@ -442,21 +453,19 @@ def _loop(graph: Graph, domain: FlatLayout, codomain: FlatLayout, block: Tensor)
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
-def _in_chunks(
-    run: Callable[[list[Tensor]], Sequence[Tensor | None]],
-    program: LinearProgram,
-    domain: FlatLayout,
-    codomain: FlatLayout,
-    width: int,
-) -> Rows:
-    """Multiply in chunks of the traced width; a short rest is filled up, or done one by one."""
+def _one_by_one(run: Run, domain: FlatLayout, codomain: FlatLayout) -> Rows:
+    return lambda block: torch.stack([codomain.join(run(domain.split(row))) for row in block])
+
+
+def _in_chunks(run: Run, rest: Rows, domain: FlatLayout, codomain: FlatLayout, width: int) -> Rows:
+    """Multiply in chunks of the traced width; what is left is filled up, or done otherwise."""
 
     def rows(block: Tensor) -> Tensor:
         results = []
         for chunk in block.split(width):
             count = len(chunk)
             if 2 * count < width:
-                results += [codomain.join(program(domain.split(row)))[None] for row in chunk]
+                results.append(rest(chunk))
                 continue
             if count < width:
                 chunk = torch.cat([chunk, chunk.new_zeros(width - count, chunk.shape[1])])

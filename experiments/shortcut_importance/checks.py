@@ -94,7 +94,7 @@ def _hessians(u: Tensor, a: Tensor, v_star: Tensor, a_star: Tensor, normalised: 
     net = TwoLayerConv(u - 1 / math.sqrt(p), a, shortcut=True, normalised=normalised)
     operator = HessianOperator(
         lambda _: net.population_loss(v_star, a_star), None, a.new_zeros(1),
-        params=dict(net.named_parameters()),
+        params=dict(net.named_parameters()), engine="retained",
     )  # fmt: skip
     dense = torch.func.hessian(
         lambda flat: _arccos_loss(flat[:p], flat[p:], v_star, a_star, normalised)
