@@ -38,8 +38,10 @@ def truth_and_columns(operator):
 # What is right.
 
 
-@pytest.mark.parametrize("blocks", ["loop", "batched"])
-@pytest.mark.parametrize(("kind", "truth"), KINDS)
+@pytest.mark.parametrize(
+    ("kind", "truth", "blocks"),
+    [(*KINDS[0], "loop"), (*KINDS[0], "batched"), (*KINDS[1], "batched")],
+)
 def test_the_linearized_engine_is_the_reference(kind, truth, blocks, problem):
     operator = build(problem, kind, engine="linearized")
     operator.block_engine = blocks
@@ -369,10 +371,10 @@ def test_it_is_not_built_for_graphs_that_change_too_often(mlp_problem, monkeypat
     assert operator.engine.name == "linearized"
 
 
-def test_auto_never_changes_a_result_beyond_rounding(problem, monkeypatch):
+def test_auto_never_changes_a_result_beyond_rounding(mlp_problem, monkeypatch):
     monkeypatch.setattr(engines, "_SECONDS", {"linearized": (0, 0), "compiled": (1e9, 0)})
     monkeypatch.setattr(engines, "_TRIALS", 0)
-    operator, expected, bound = build(problem), dense_hessian(problem), bound_for(problem)
+    operator, expected, bound = build(mlp_problem), dense_hessian(mlp_problem), 1e-12
     for _ in range(2):
         torch.testing.assert_close(operator.dense(), expected, rtol=bound, atol=bound)
         torch.testing.assert_close(truth_and_columns(operator), expected, rtol=bound, atol=bound)
