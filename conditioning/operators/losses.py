@@ -468,14 +468,9 @@ class LossOperator(VectorsOfRanks):
         return [graph.loss, self._layout.join(graph.gradient)]
 
     def _rows(self, graph: LossGraph, block: Tensor) -> Tensor:
-        return self._engine.multiply(
-            graph,
-            self._layout,
-            self._layout,
-            block,
-            eps=self._eps,
-            budget=self._budget if self._keep else None,
-        )
+        budget = self._budget if self._keep else None
+        layout = self._layout
+        return self._engine.multiply(graph, layout, layout, block, eps=self._eps, budget=budget)
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         block = vectors.T.contiguous()
