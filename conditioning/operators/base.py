@@ -129,7 +129,7 @@ class LinearOperator:
 
     def rmatvec(self, vector: Tensor) -> Tensor:
         """Product of the transpose with a tensor of shape ``(m,)`` or ``(m, k)``."""
-        length = self.local_size if self.symmetric else self.shape[0]
+        length = self.local_size if self.is_sharded else self.shape[0]
         return self._apply(self._rmatmat, vector, length)
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
