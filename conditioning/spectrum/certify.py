@@ -88,9 +88,8 @@ def certify(
         certain += f", and >= {low:.4g} with probability 1 - {options.failure_probability:g}"
     needed = needed_of(run, low, options)
     message = (
-        f"{certain}; stopped early, since certifying would take about "
-        f"{needed:.2g} products or more and max_matvecs={limit} cannot suffice "
-        f"({_dense_cost(run)}; stop_early=False goes on). "
+        f"{certain}; stopped early, since max_matvecs={limit} cannot suffice: "
+        f"{_price(needed)}, {_dense_cost(run)}. stop_early=False goes on. "
     )
     message += f"kappa_10 >= {tenth.low:.4g}" if math.isinf(tenth.high) else f"kappa_10 = {tenth}"
     return replace(
@@ -208,9 +207,14 @@ def _judge(
     return "lower bound only", (
         f"kappa >= {certain:.4g} is certain (an eigenvalue of size at most "
         f"{scale / certain:.3g} exists), nothing below it is excluded down to the zero threshold "
-        f"yet; certifying would take about "
-        f"{needed:.2g} products or more, "
-        f"{_dense_cost(run)}"
+        f"yet; {_price(needed)}, {_dense_cost(run)}"
+    )
+
+
+def _price(needed: int) -> str:
+    return (
+        f"certifying would take about {needed:.2g} products if kappa were no larger than that, and "
+        f"more if it is"
     )
 
 
