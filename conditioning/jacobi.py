@@ -19,6 +19,7 @@ Eigenvalue Problem, 1998, chapters 3 and 7.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -29,6 +30,25 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[np.float64]
 
 _HUGE = 1e100
+
+
+def first_beyond(top: float, scale: float, passes: Callable[[Array], NDArray[np.bool_]]) -> float:
+    """Where a condition that holds from some point to the right of ``top`` on surely holds.
+
+    From above, closer than a tenth of a percent of the distance; infinite if it does not hold
+    a million scales away.
+    """
+    scale = max(scale, 1e-300)
+    low, high = 1e-17, 1e6
+    for _ in range(3):
+        steps = np.geomspace(low, high, 200)
+        above = np.flatnonzero(passes(top + scale * steps))
+        if not len(above):
+            return float("inf")
+        first = int(above[0])
+        high = float(steps[first])
+        low = float(steps[first - 1]) if first else high / 2
+    return top + scale * high
 
 
 @dataclass(frozen=True)
@@ -208,19 +228,11 @@ class JacobiMatrix:
         To the right of the largest Ritz value every ``p_j`` grows, so the sum of squares
         is monotone and one crossing bounds the whole half line.
         """
-        top = float(self.ritz_values[-1])
-        scale = max(self.scale, 1e-300)
-        low, high = 1e-17, 1e6
-        for _ in range(3):
-            steps = np.geomspace(low, high, 200)
-            sums, _ = self.inverse_mass(top + scale * steps)
-            above = np.flatnonzero(sums > inverse_mass)
-            if not len(above):
-                return float("inf")
-            first = int(above[0])
-            high = float(steps[first])
-            low = float(steps[first - 1]) if first else high / 2
-        return top + scale * high
+        return first_beyond(
+            float(self.ritz_values[-1]),
+            self.scale,
+            lambda points: self.inverse_mass(points)[0] > inverse_mass,
+        )
 
     def excludes_beyond(self, point: float, inverse_mass: float) -> bool:
         """Whether ``right_end`` is at most ``point``, without searching for it."""

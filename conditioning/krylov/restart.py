@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from conditioning.errors import InvalidArgumentError
-from conditioning.jacobi import Array, JacobiMatrix
+from conditioning.jacobi import Array, JacobiMatrix, first_beyond
 from conditioning.krylov.run import LanczosRun
 from conditioning.operators.base import LinearOperator
 
@@ -82,20 +83,14 @@ class RestartedMatrix(JacobiMatrix):
     def right_end(self, inverse_mass: float) -> float:
         """An ``x`` such that no point of ``[x, inf)`` can carry a given mass of the start."""
         roots = np.concatenate([self.dropped, self.ritz_values])
-        top, scale = float(roots.max()), max(float(np.abs(roots).max()), 1e-300)
         wanted = self.log_norm + 0.5 * float(np.log(inverse_mass))
-        low, high = 1e-17, 1e6
-        for _ in range(3):
-            steps = np.geomspace(low, high, 200)
+
+        def passes(points: Array) -> NDArray[np.bool_]:
             with np.errstate(divide="ignore"):
-                sums = np.log(top + scale * steps[:, None] - roots).sum(axis=1)
-            above = np.flatnonzero(sums > wanted)
-            if not len(above):
-                return float("inf")
-            first = int(above[0])
-            high = float(steps[first])
-            low = float(steps[first - 1]) if first else high / 2
-        return top + scale * high
+                sums = np.log(points[:, None] - roots).sum(axis=1)
+            return np.asarray(sums > wanted)
+
+        return first_beyond(float(roots.max()), float(np.abs(roots).max()), passes)
 
     def excludes_beyond(self, point: float, inverse_mass: float) -> bool:
         """Whether ``right_end`` is at most ``point``, without searching for it."""

@@ -1,7 +1,8 @@
 """Inner products, norms and bases of vectors whose entries may be spread over processes.
 
-Every inner product and norm of the Krylov methods and of ``conditioning.spectrum`` is taken
+Every inner product and norm of Lanczos runs, power iteration and ``conditioning.spectrum`` is taken
 here, so that an operator with sharded vectors overrides ``sum_over_shards`` and nothing else.
+(``block_lanczos`` takes functions of whole blocks, which are not sharded.)
 """
 
 from __future__ import annotations

@@ -102,15 +102,15 @@ class Search:
             self.restarts += found.num_restarts
             full, floor = pairs.full, pairs.floor
             keys = key(found.jacobi.ritz_values)
-            new = np.flatnonzero((keys > floor + self._tolerance(found)) & settled)
-            if not len(new):
+            new = settled & (keys > floor + self._tolerance(found))
+            if not new.any():
                 if full and self._excluded(found, pairs.beyond(outer), floor):
                     self.chance = self._chance(found, self.failure_probability)
                     return *self._finished(found), pairs.beyond(outer), pairs
                 if full and pairs.narrow():
                     continue  # they hide more than they were taken for: again, without them
                 break
-            self._put_aside(found, pairs, keys, settled & (keys > floor + self._tolerance(found)))
+            self._put_aside(found, pairs, keys, new)
             if self.k == 1:
                 if self._excluded(found, outer, pairs.floor):
                     self.chance = self._chance(found, allowed)
