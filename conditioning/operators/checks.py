@@ -192,7 +192,12 @@ def check_loss_operator(operator: LossOperator, stacklevel: int) -> None:
         )
         warnings.warn(msg, LargeGraphWarning, stacklevel=stacklevel)
     operator._value = (operator._marks(), first.loss, first.gradient.to(layout.dtype))
-    unused = [name for name, is_used in zip(layout.names, used, strict=True) if not is_used]
+    warn_of_unused(layout.names, used, stacklevel + 1)
+
+
+def warn_of_unused(names: Sequence[str], used: Sequence[bool], stacklevel: int) -> None:
+    """Name the parameters that no loss depends on."""
+    unused = [name for name, is_used in zip(names, used, strict=True) if not is_used]
     if unused:
         msg = (
             f"No influence on the loss, so zero rows in the matrix: {join_names(unused)}. Leave "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +15,8 @@ from conditioning.errors import (
     LossWithoutGraphError,
     NonFiniteError,
     RandomForwardError,
-    UnusedParameterWarning,
 )
-from conditioning.operators.checks import exact, random_message
+from conditioning.operators.checks import exact, random_message, warn_of_unused
 from conditioning.operators.guards import isolated_randomness
 from conditioning.operators.modules import join_names, random_modules, tracking_norms
 from conditioning.operators.parallel import refuse_differences
@@ -117,10 +115,4 @@ def check_sharded_operator(
             f"changed by hooks."
         )
         raise AsymmetricOperatorError(msg)
-    unused = [name for name, is_used in zip(layout.names, used, strict=True) if not is_used]
-    if unused:
-        msg = (
-            f"No influence on the loss, so zero rows in the matrix: {join_names(unused)}. Leave "
-            f"them out with params= if they should not count as zero eigenvalues."
-        )
-        warnings.warn(msg, UnusedParameterWarning, stacklevel=stacklevel)
+    warn_of_unused(layout.names, used, stacklevel + 1)
