@@ -112,3 +112,30 @@ def test_without_check_nothing_is_evaluated_until_needed():
     before.assert_unchanged()
     with pytest.raises(errors.NonScalarLossError):
         HessianOperator(model, nn.MSELoss(reduction="none"), data, check=False).gradient()
+
+
+class RecurrentNet(nn.Module):
+    def __init__(self, *, convolve: bool) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(3, 3, 1) if convolve else nn.Identity()
+        self.recurrent = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.recurrent(self.mix(x.mT).mT)[0][:, -1]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a build without oneDNN")
+@pytest.mark.parametrize("convolve", [False, True])
+def test_recurrent_layers_avoid_the_kernel_whose_second_derivative_is_slow(convolve):
+    """Unless convolutions would suffer; the setting is left as it was."""
+    model = RecurrentNet(convolve=convolve)
+    flags = torch.backends.mkldnn
+    before = (flags.enabled, flags.deterministic, flags.allow_tf32, flags.fp32_precision)
+    within = []
+    model.register_forward_hook(lambda *_: within.append(flags.enabled))
+    inputs, targets = torch.randn(5, 6, 3), torch.randn(5, 4)
+    columns = HessianOperator(model, MSE, (inputs, targets)).dense()
+    assert set(within) == {convolve}
+    assert before == (flags.enabled, flags.deterministic, flags.allow_tf32, flags.fp32_precision)
+    exact = HessianOperator(model.double(), MSE, (inputs.double(), targets.double())).dense()
+    torch.testing.assert_close(columns.double(), exact, rtol=1e-4, atol=1e-6)
