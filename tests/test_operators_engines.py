@@ -204,8 +204,8 @@ def test_an_engine_that_cannot_be_built_gives_way_to_the_retained_graph(mlp_prob
 
 
 def test_a_wrong_engine_is_refused(mlp_problem, monkeypatch):
-    def slightly_wrong(program, tangents):
-        return lambda *arguments: [part * (1 + 1e-9) for part in program._run(*arguments)]
+    def slightly_wrong(program, vector):
+        return lambda *arguments: [program(arguments[-1]) * (1 + 1e-9)]
 
     monkeypatch.setattr(engines, "compiled", slightly_wrong)
     operator = build(mlp_problem, engine="compiled")
@@ -306,11 +306,11 @@ def test_what_is_built_is_timed_once_and_kept_only_if_it_is_faster(fast, mlp_pro
     built = []
     cost = {"retained": 1.0, "linearized": 0.5 if fast else 0.95}
 
-    def slow_trace(apply, tangents, budget):
+    def slow_trace(multiply, vector, budget):
         built.append(clock[0])
-        program = traced.trace(lambda parts: free(parts), tangents, budget)
-        own = program._run
-        program._run = lambda *arguments: (tick(cost["linearized"]), own(*arguments))[1]
+        program = traced.trace(free, vector, budget)
+        own = program._multiply
+        program._multiply = lambda row: (tick(cost["linearized"]), own(row))[1]
         clock[0] += 3
         return program
 
@@ -319,16 +319,16 @@ def test_what_is_built_is_timed_once_and_kept_only_if_it_is_faster(fast, mlp_pro
 
     operator = build(mlp_problem)
     graph = operator._fresh_graphs()[0][0]
-    free_of_charge = graph.apply
+    layout, free_of_charge = operator._layout, graph.apply_flat
 
-    def free(parts):
-        return free_of_charge(parts, batched=False)
+    def free(vector):
+        return layout.join(free_of_charge(vector, layout))
 
-    def paid(tangents, *, batched):
+    def paid(vector, layout):
         tick(cost["retained"])
-        return free_of_charge(tangents, batched=batched)
+        return free_of_charge(vector, layout)
 
-    monkeypatch.setattr(graph, "apply", paid)
+    monkeypatch.setattr(graph, "apply_flat", paid)
     monkeypatch.setattr(engines, "trace", slow_trace)
     monkeypatch.setattr(engines, "_SECONDS", {"linearized": (4, 0), "compiled": (1e9, 0)})
     monkeypatch.setattr(engines, "_TRIALS", 0)

@@ -17,8 +17,17 @@ from conditioning.errors import InvalidArgumentError
 from conditioning.operators.graphs import Graph
 from conditioning.operators.guards import isolated_randomness
 from conditioning.operators.parameters import FlatLayout
-from conditioning.operators.timing import clock, race
-from conditioning.operators.traced import LinearProgram, UntraceableError, compiled, trace
+from conditioning.operators.timing import Engine, clock, race
+from conditioning.operators.traced import (
+    LinearProgram,
+    Rows,
+    Run,
+    UntraceableError,
+    compiled,
+    in_chunks,
+    one_by_one,
+    trace,
+)
 
 NAMES = ("auto", "retained", "linearized", "compiled")
 _BUILT = NAMES[2:]
@@ -36,47 +45,13 @@ _WIDEST_TRACE = 64
 
 # Seconds to build an engine: a constant, a part per node of the gradient's graph, and some
 # multiplications to trace, check and time it. Measured on one core of a 2-core x86-64 machine
-# (torch 2.13), in seconds: tracing 41 nodes 0.8 with imports and 0.03 without, 350 nodes 1.2,
-# 1307 nodes 1.9 to 3.6, 3475 nodes 4.9, and blocks the same again to twice as much; compiling
-# (imports and gcc) 10 to 35 for 41 nodes and 24 to 53 for 574.
-_SECONDS = {"linearized": (0.5, 0.003), "compiled": (15.0, 0.04)}
-_TRIALS = 12
+# (torch 2.13), in seconds: tracing 41 nodes 0.05, 350 nodes 0.5, 1307 nodes 2, 244 nodes with
+# convolutions 1, and blocks as much again; compiling (imports and gcc) 10 to 35 for 41 nodes, 24 to
+# 53 for 574 and 100 for 1307.
+_SECONDS = {"linearized": (0.03, 0.002), "compiled": (15.0, 0.04)}
+_TRIALS = 8
 # What is not faster by this share is not worth its memory.
 _GAIN = 0.1
-
-Rows = Callable[[Tensor], Tensor]
-Run = Callable[[list[Tensor]], Sequence[Tensor | None]]
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How an operator multiplies.
-
-    Attributes
-    ----------
-    name : str
-        ``"retained"``, ``"linearized"`` or ``"compiled"``: what single vectors go through now.
-    blocks : str
-        The same for blocks of vectors, and whether one by one (``"loop"``) or at once
-        (``"batched"``); ``"undecided"`` before the first block.
-    gradients, gradients_in_blocks : float or None
-        Cost of a product per vector, in gradients of the same batch; ``None`` if not measured.
-    reason : str
-        Why it is so.
-    """
-
-    name: str
-    blocks: str
-    gradients: float | None
-    gradients_in_blocks: float | None
-    reason: str
-
-    def __str__(self) -> str:
-        costs = [
-            "not measured" if cost is None else f"{cost:.2f} gradients"
-            for cost in (self.gradients, self.gradients_in_blocks)
-        ]
-        return f"{self.name} ({costs[0]}), blocks {self.blocks} ({costs[1]}): {self.reason}"
 
 
 @dataclass
@@ -167,6 +142,10 @@ class Multiplier:
         if self.chunk < _FEWEST:
             self.choice = "loop"
 
+    def _in_blocks(self) -> str:
+        """How other engines multiply blocks where that is not timed."""
+        return self.choice if self._pinned else "batched"
+
     @property
     def engine(self) -> str:
         """``"auto"``, or what is to be used, as far as it is fixed."""
@@ -215,16 +194,29 @@ class Multiplier:
         ``eps`` is the rounding unit of what the graph computes in. ``budget`` tells the bytes
         that another engine may take; ``None`` is for graphs that will not be used again.
         """
-        # A caller's inference_mode would forbid autograd to save what is made here.
-        with torch.inference_mode(mode=False):
-            block = block.clone() if block.is_inference() else block
-            if len(block) == 0:
-                return torch.zeros(0, codomain.numel, dtype=codomain.dtype, device=codomain.device)
-            engine = self.engine
-            if engine == "retained" or budget is None:
-                return self._retained(graph, domain, codomain, block)
-            job = _Job(self, graph, domain, codomain, block, eps, budget)
-            return job.asked_for(engine) if engine != "auto" else job.cheapest()
+        if torch.is_inference_mode_enabled() or block.is_inference():
+            # It would forbid autograd to save what is made here.
+            with torch.inference_mode(mode=False):
+                block = block.clone() if block.is_inference() else block
+                return self._multiplied(graph, domain, codomain, block, eps, budget)
+        return self._multiplied(graph, domain, codomain, block, eps, budget)
+
+    def _multiplied(
+        self,
+        graph: Graph,
+        domain: FlatLayout,
+        codomain: FlatLayout,
+        block: Tensor,
+        eps: float,
+        budget: Callable[[], float] | None,
+    ) -> Tensor:
+        if len(block) == 0:
+            return torch.zeros(0, codomain.numel, dtype=codomain.dtype, device=codomain.device)
+        engine = self.engine
+        if engine == "retained" or budget is None:
+            return self._retained(graph, domain, codomain, block)
+        job = _Job(self, graph, domain, codomain, block, eps, budget)
+        return job.asked_for(engine) if engine != "auto" else job.cheapest()
 
     # The retained graph.
 
@@ -300,8 +292,8 @@ class _Job:
         ledger, many = self._ledger, self._many
         if many not in ledger.ways and (engine, many) not in self.multiplier._refused:
             expected = self._retained(self.block)
-            for way in self._built(engine, [self.multiplier.choice if many else "loop"]):
-                if self._agrees(way, self.block, expected):
+            for way in self._built(engine, [self.multiplier._in_blocks() if many else "loop"]):
+                if self._agrees(way, self._safely(way, self.block), expected):
                     ledger.ways[many] = way
         return self._current(self.block)
 
@@ -310,8 +302,7 @@ class _Job:
         ledger, many = self._ledger, self._many
         begin = clock(self.domain.device)
         result = self._current(self.block)
-        seconds = clock(self.domain.device) - begin
-        ledger.spent[many] += seconds
+        ledger.spent[many] += (seconds := clock(self.domain.device) - begin)
         for engine in self._candidates():
             if ledger.spent[many] >= self._price(engine) + _TRIALS * seconds:
                 self._try(engine)
@@ -355,29 +346,35 @@ class _Job:
         many, multiplier = self._many, self.multiplier
         was = self._ledger.ways.get(many)
         # Both ways where that costs little; the slower one is not worth a compilation.
-        last = was.blocks if was else multiplier.choice
+        last = was.blocks if was else multiplier._in_blocks()
         kinds = ["loop"] if not many else [last] if engine == "compiled" else ["loop", "batched"]
         built = self._built(engine, kinds)
         if not built:
             return
         head = self.block[: self._width()] if many else self.block[:1]
-        expected = self._retained(head)
-        ways = [way for way in built if self._agrees(way, head, expected)]
-        if not ways:
+        rivals = [functools.partial(self._safely, way, head) for way in built]
+        if multiplier._adopted.get(many) == engine and len(built) == 1:
+            if self._agrees(built[0], rivals[0](), self._retained(head)):
+                self._ledger.ways[many] = built[0]
             return
-        if multiplier._adopted.get(many) == engine and len(ways) == 1:
-            self._ledger.ways[many] = ways[0]
+        (first, *found), (now, *seconds) = race(
+            [functools.partial(self._current, head), *rivals], self.domain.device
+        )
+        expected = first if was is None else self._retained(head)
+        agreeing = [
+            (time, way)
+            for time, way, rows in zip(seconds, built, found, strict=True)
+            if self._agrees(way, rows, expected)
+        ]
+        if not agreeing:
             return
-        rivals: list[Rows] = [self._current, *(way.rows for way in ways)]
-        best = race([functools.partial(rows, head) for rows in rivals], self.domain.device)[1]
-        seconds, way = min(zip(best[1:], ways, strict=True), key=lambda pair: pair[0])
-        if seconds > (1 - _GAIN) * best[0]:
-            ratio = seconds / best[0]
-            self._refuse(engine, f"{ratio:.2f} of the time, less than {_GAIN:.0%} gained")
-            multiplier.seconds[many] = best[0] / len(head)
+        best, way = min(agreeing, key=lambda pair: pair[0])
+        if best > (1 - _GAIN) * now:
+            self._refuse(engine, f"{best / now:.2f} of the time, less than {_GAIN:.0%} gained")
+            multiplier.seconds[many] = now / len(head)
             return
         multiplier._adopted[many] = engine
-        multiplier.seconds[many] = seconds / len(head)
+        multiplier.seconds[many] = best / len(head)
         self._ledger.ways[many] = way
 
     def _width(self) -> int:
@@ -390,9 +387,6 @@ class _Job:
             with isolated_randomness(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 ways = [_Way(engine, kind, self._rows(engine, kind)) for kind in kinds]
-        except UntraceableError as error:
-            self._refuse(engine, str(error))
-            return []
         except Exception as error:
             self._refuse(engine, _first_line(error))
             return []
@@ -400,48 +394,55 @@ class _Job:
         return ways
 
     def _rows(self, engine: str, kind: str) -> Rows:
-        domain, codomain, ledger = self.domain, self.codomain, self._ledger
+        domain, ledger = self.domain, self._ledger
         generator = torch.Generator(device=domain.device).manual_seed(0)
         shape = (self._width(), domain.numel)
         probe = torch.randn(shape, dtype=domain.dtype, device=domain.device, generator=generator)
-        one = domain.split(probe[0])
         if ledger.program is None:
-            apply, budget = self.graph.apply, self.budget()
-            ledger.program = trace(lambda parts: apply(parts, batched=False), one, budget)
+            ledger.program = trace(self._product, probe[0], self.budget())
         program = ledger.program
         if kind == "loop":
-            return _one_by_one(self._finished(engine, program, one), domain, codomain)
+            return one_by_one(self._finished(engine, program, probe[0]))
         # What is left of a block goes through a narrow trace, and then one by one.
-        rows = _one_by_one(program, domain, codomain)
+        rows = one_by_one(program)
         widths = [len(probe)] if len(probe) <= _CHUNK else [_CHUNK, len(probe)]
         for width in widths:
-            parts = domain.split(probe[:width])
-            run: Run = program.for_blocks(parts, self.budget())
+            run: Run = program.for_blocks(probe[:width], self.budget())
             if width == len(probe):
-                run = self._finished(engine, cast("LinearProgram", run), parts)
-            rows = _in_chunks(run, rows, domain, codomain, width)
+                run = self._finished(engine, cast("LinearProgram", run), probe)
+            rows = in_chunks(run, rows, width)
         return rows
 
-    def _finished(self, engine: str, program: LinearProgram, tangents: list[Tensor]) -> Run:
+    def _product(self, vector: Tensor) -> Tensor:
+        parts = self.graph.apply(self.domain.split(vector), batched=False)
+        if all(part is None for part in parts):
+            msg = "the matrix is zero"
+            raise UntraceableError(msg)
+        return self.codomain.join(parts)
+
+    def _finished(self, engine: str, program: LinearProgram, probe: Tensor) -> Run:
         if engine != "compiled":
             return program
         key = program.signature()
         known = self.multiplier._compiled
         if key not in known:
-            known[key] = compiled(program, tangents)
+            known[key] = compiled(program, probe)
         return program.by(known[key])
 
-    def _agrees(self, way: _Way, block: Tensor, expected: Tensor) -> bool:
-        """Whether a way gives what the retained graph gives, up to rounding."""
-        eps = max(self.eps, self.domain.eps, self.codomain.eps)
-        bound = min(1e4 * eps, eps**0.5)
+    def _safely(self, way: _Way, block: Tensor) -> Tensor | None:
         try:
-            gap = max(
-                _distance(row, right) for row, right in zip(way.rows(block), expected, strict=True)
-            )
+            return way.rows(block)
         except Exception as error:
             self._refuse(way.engine, _first_line(error))
+            return None
+
+    def _agrees(self, way: _Way, found: Tensor | None, expected: Tensor) -> bool:
+        """Whether a way gave what the retained graph gives, up to rounding."""
+        if found is None:
             return False
+        eps = max(self.eps, self.domain.eps, self.codomain.eps)
+        bound = min(1e4 * eps, eps**0.5)
+        gap = max(_distance(row, right) for row, right in zip(found, expected, strict=True))
         if not gap <= bound:
             self._refuse(way.engine, f"its products are off by {gap:.1e} of their norm")
             return False
@@ -449,30 +450,14 @@ class _Job:
 
 
 def _loop(graph: Graph, domain: FlatLayout, codomain: FlatLayout, block: Tensor) -> Tensor:
-    rows = [codomain.join(graph.apply(domain.split(row), batched=False)) for row in block]
-    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+    flat = getattr(graph, "apply_flat", None)  # of those that save the cutting
 
+    def multiply(row: Tensor) -> Tensor:
+        if flat is not None:
+            return codomain.join(flat(row, domain))
+        return codomain.join(graph.apply(domain.split(row), batched=False))
 
-def _one_by_one(run: Run, domain: FlatLayout, codomain: FlatLayout) -> Rows:
-    return lambda block: torch.stack([codomain.join(run(domain.split(row))) for row in block])
-
-
-def _in_chunks(run: Run, rest: Rows, domain: FlatLayout, codomain: FlatLayout, width: int) -> Rows:
-    """Multiply in chunks of the traced width; what is left is filled up, or done otherwise."""
-
-    def rows(block: Tensor) -> Tensor:
-        results = []
-        for chunk in block.split(width):
-            count = len(chunk)
-            if 2 * count < width:
-                results.append(rest(chunk))
-                continue
-            if count < width:
-                chunk = torch.cat([chunk, chunk.new_zeros(width - count, chunk.shape[1])])
-            results.append(codomain.join(run(domain.split(chunk)), (width,))[:count])
-        return results[0] if len(results) == 1 else torch.cat(results)
-
-    return rows
+    return one_by_one(multiply)(block)
 
 
 def _distance(rows: Tensor, expected: Tensor) -> float:
@@ -483,5 +468,5 @@ def _distance(rows: Tensor, expected: Tensor) -> float:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+    line = (str(error).splitlines() or [""])[0][:200]
+    return line if isinstance(error, UntraceableError) else f"{type(error).__name__}: {line}"

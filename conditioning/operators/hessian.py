@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from conditioning.operators.graphs import (
@@ -14,6 +15,11 @@ from conditioning.operators.graphs import (
     refuse_dead_ends,
 )
 from conditioning.operators.losses import LossOperator
+from conditioning.operators.parameters import FlatLayout
+
+# Up to so many parameters a gradient is kept in one piece as well: autograd takes some
+# microseconds for each of its outputs, which matters while a product takes less than milliseconds.
+_SMALL = 2**16
 
 
 class HessianGraph:
@@ -30,6 +36,18 @@ class HessianGraph:
         # A gradient that is constant in the parameters has no graph, and zero rows.
         self._active = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]
         self._outputs = [g for g in gradient if g is not None and g.requires_grad]
+        self._flat: Tensor | None = None
+        kinds = {(g.dtype, g.layout) for g in self._outputs}
+        whole = len(kinds) == 1 and len(self._outputs) == len(parameters) > 1
+        if whole and sum(g.numel() for g in self._outputs) <= _SMALL:
+            with torch.enable_grad():
+                self._flat = torch.cat([g.reshape(-1) for g in self._outputs])
+
+    def apply_flat(self, vector: Tensor, layout: FlatLayout) -> Parts:
+        """Multiply the Hessian of the batch with one flat vector."""
+        if self._flat is None:
+            return self.apply(layout.split(vector), batched=False)
+        return differentiate([self._flat], self._parameters, [vector])
 
     def apply(self, tangents: list[Tensor], *, batched: bool) -> Parts:
         """Multiply the Hessian of the batch with vectors cut into parameter shapes."""

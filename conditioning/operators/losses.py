@@ -20,7 +20,7 @@ from conditioning.operators.batches import (
     tensors_in,
     to_device,
 )
-from conditioning.operators.engines import Engine, Multiplier
+from conditioning.operators.engines import Multiplier
 from conditioning.operators.graphs import LossGraph
 from conditioning.operators.guards import (
     BufferGuard,
@@ -49,7 +49,7 @@ from conditioning.operators.segments import NotInSegments, segmented
 from conditioning.operators.sharded import can_shard, reshard, shards_of
 from conditioning.operators.sharded_checks import check_sharded_operator
 from conditioning.operators.sums import accumulate, wide
-from conditioning.operators.timing import time_operator
+from conditioning.operators.timing import Engine, time_operator
 
 _REDUCTIONS = ("mean", "sum")
 # Frames between a user's call and the place in this package that warns.

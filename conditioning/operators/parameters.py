@@ -79,21 +79,20 @@ class FlatLayout:
 
     def join(self, parts: Sequence[Tensor | None], lead: tuple[int, ...] = ()) -> Tensor:
         """Tensors ``(*lead, *shape)`` into one ``(*lead, n)``; ``None`` stands for zeros."""
-        for name, part in zip(self.names, parts, strict=True):
-            if part is not None and part.layout != torch.strided:
+        flat = []
+        for name, part, size in zip(self.names, parts, self.sizes, strict=True):
+            if part is None:
+                flat.append(torch.zeros(*lead, size, dtype=self.dtype, device=self.device))
+                continue
+            if part.layout != torch.strided:
                 msg = (
                     f"The gradient of {name} is sparse, which has no second derivative here. Set "
                     f"sparse=False on its module (nn.Embedding) while the operator is used."
                 )
                 raise UnsupportedParameterError(msg)
-        flat = [
-            torch.zeros(*lead, size, dtype=self.dtype, device=self.device)
-            if part is None
-            else self._cast(part.reshape((*lead, size)))
-            for part, size in zip(parts, self.sizes, strict=True)
-        ]
-        if any(part.requires_grad for part in flat):
-            flat = [part.detach() for part in flat]
+            if part.requires_grad:
+                part = part.detach()
+            flat.append(self._cast(part.reshape(*lead, size)))
         return flat[0].clone() if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def _cast(self, part: Tensor) -> Tensor:

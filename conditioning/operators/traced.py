@@ -25,61 +25,59 @@ _PRODUCTS = {
 _IN_PLACE = "a product changes tensors in place that it did not make"
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 
+Run = Callable[[Tensor], Tensor]
+Rows = Callable[[Tensor], Tensor]
+
 
 class UntraceableError(RuntimeError):
     """Why a map cannot be written down."""
 
 
 class LinearProgram:
-    """A linear map as a graph of operations on constants and vectors.
+    """A linear map as a graph of operations on constants and a vector.
 
     Parameters
     ----------
     graph : fx.Graph
-        Its first placeholders are the constants, the others the vector's parts.
+        Its first placeholders are the constants, the last one is the vector.
     constants : list of Tensor
-    present : list of bool
-        Of the map's outputs, those that the graph returns; the others are zero.
     """
 
-    def __init__(self, graph: fx.Graph, constants: list[Tensor], present: list[bool]) -> None:
+    def __init__(self, graph: fx.Graph, constants: list[Tensor]) -> None:
         self.graph = graph
         self.constants = constants
-        self._present = present
-        self._run: Callable[..., Any] = _executable(_with_fused_sums(graph))
+        self._multiply = self.by(_executable(_with_fused_sums(graph)))
 
-    def __call__(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """Multiply; ``None`` stands for zeros."""
-        return self.by(self._run)(tangents)
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Multiply."""
+        return self._multiply(vector)
 
-    def by(self, run: Callable[..., Any]) -> Callable[[Sequence[Tensor]], list[Tensor | None]]:
+    def by(self, run: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
         """Return the map carried out by another form of the graph."""
-        constants, present = self.constants, self._present
+        constants = self.constants
 
-        def multiply(tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        def multiply(vector: Tensor) -> Tensor:
             with torch.no_grad():
-                found = iter(run(*constants, *tangents))
-            return [next(found) if there else None for there in present]
+                (result,) = run(*constants, vector)
+            return cast("Tensor", result)
 
         return multiply
 
-    def for_blocks(self, tangents: Sequence[Tensor], budget: float) -> LinearProgram:
-        """Trace the map for as many vectors at once as ``tangents`` have on their first axis.
+    def for_blocks(self, block: Tensor, budget: float) -> LinearProgram:
+        """Trace the map for as many vectors at once as ``block`` has rows.
 
         Raises
         ------
         UntraceableError
             If its constants do not fit ``budget`` bytes.
         """
-        count = len(self.constants)
-        flags = [False] * count + [True] * len(tangents)
+        flags = [False] * len(self.constants) + [True]
 
         def run(*arguments: Tensor) -> list[Tensor]:
-            return _batched(self.graph, arguments, flags, len(tangents[0]))
+            return _batched(self.graph, arguments, flags, len(block))
 
-        traced = _recorded(run, [*self.constants, *tangents])
-        graph, constants = _folded(traced, self.constants, budget)
-        return LinearProgram(graph, constants, self._present)
+        traced = _recorded(run, [*self.constants, block])
+        return LinearProgram(*_folded(traced, self.constants, budget))
 
     def signature(self) -> tuple[Any, ...]:
         """Return what is equal in programs that differ in the values of their constants only."""
@@ -87,18 +85,14 @@ class LinearProgram:
         return str(self.graph), tuple(layouts)
 
 
-def trace(
-    apply: Callable[[list[Tensor]], Sequence[Tensor | None]],
-    tangents: Sequence[Tensor],
-    budget: float,
-) -> LinearProgram:
+def trace(multiply: Callable[[Tensor], Tensor], vector: Tensor, budget: float) -> LinearProgram:
     """Write a linear map down.
 
     Parameters
     ----------
-    apply : callable
+    multiply : callable
         The map. What it does in Python happens now, once.
-    tangents : sequence of Tensor
+    vector : Tensor
         A vector to trace with.
     budget : float
         Bytes that constants may take beyond what the map itself holds.
@@ -106,39 +100,55 @@ def trace(
     Raises
     ------
     UntraceableError
-        If the map has no outputs, changes what it holds, or its constants do not fit.
+        If the map changes what it holds, or its constants do not fit.
     """
-    present: list[bool] = []
-
-    def run(*arguments: Tensor) -> list[Tensor]:
-        parts = apply(list(arguments))
-        present[:] = [part is not None for part in parts]
-        return [part for part in parts if part is not None]
-
-    traced = _recorded(run, tangents)
-    if not any(present):
-        msg = "the matrix is zero"
-        raise UntraceableError(msg)
+    traced = _recorded(lambda *arguments: [multiply(*arguments)], [vector])
     if _mutates(traced.graph):
-        traced = _recorded(torch.func.functionalize(traced), tangents)
+        traced = _recorded(torch.func.functionalize(traced), [vector])
         if _mutates(traced.graph):
             raise UntraceableError(_IN_PLACE)
     _use_weight_gradients(traced.graph)
-    graph, constants = _folded(traced, [], budget)
-    return LinearProgram(graph, constants, present)
+    return LinearProgram(*_folded(traced, [], budget))
 
 
-def compiled(program: LinearProgram, tangents: Sequence[Tensor]) -> Callable[..., Any]:
+def compiled(program: LinearProgram, vector: Tensor) -> Callable[..., Any]:
     """Compile a program; constants are arguments, so that another one of this form can use it."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    arguments = [*program.constants, *tangents]
+    arguments = [*program.constants, vector]
     # In this process: workers would stay behind.
     with torch.no_grad(), config.patch(compile_threads=1):
         run: Any = compile_fx(_executable(_copied(program.graph)), arguments)
         run(*arguments)
     return cast("Callable[..., Any]", run)
+
+
+def one_by_one(run: Run) -> Rows:
+    """Multiply the rows of a block one after the other."""
+
+    def rows(block: Tensor) -> Tensor:
+        return run(block[0])[None] if len(block) == 1 else torch.stack([run(row) for row in block])
+
+    return rows
+
+
+def in_chunks(run: Run, rest: Rows, width: int) -> Rows:
+    """Multiply in chunks of the traced width; what is left is filled up, or done otherwise."""
+
+    def rows(block: Tensor) -> Tensor:
+        results = []
+        for chunk in block.split(width):
+            count = len(chunk)
+            if 2 * count < width:
+                results.append(rest(chunk))
+                continue
+            if count < width:
+                chunk = torch.cat([chunk, chunk.new_zeros(width - count, chunk.shape[1])])
+            results.append(run(chunk)[:count])
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    return rows
 
 
 def _executable(graph: fx.Graph) -> fx.GraphModule:
@@ -157,6 +167,11 @@ class _Recorder(TorchDispatchMode):
     ``make_fx`` does it as well, but describes every tensor to a compiler, which takes milliseconds
     per operation: 13 s against 2 s for a transformer of 8 layers.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here; and importing the compiler to say so takes half a second.
+        return False
 
     def __init__(self, arguments: Sequence[Tensor]) -> None:
         super().__init__()
