@@ -23,7 +23,7 @@ from conditioning.errors import (
     UnsupportedParameterError,
     UnusedParameterWarning,
 )
-from conditioning.operators import parallel
+from conditioning.operators import parallel, sharded
 from conditioning.operators.guards import SavedBytes
 from conditioning.spectrum import eigenvalues, index, trace
 
@@ -398,7 +398,19 @@ def nothing_is_left_in_a_sharded_model(rank):
     _close(HessianOperator(net, LOSS, _batches(rank)).dense(), _truth(net=reference).dense(), 1e-9)
 
 
-def no_gathered_weight_is_kept(rank):
+def each_parameter_may_be_gathered_alone(rank):
+    """As large ones are: here those that are small as well."""
+    room, sharded._TOGETHER = sharded._TOGETHER, 0
+    try:
+        sharded_products_are_those_of_all_samples(rank)
+        unusual_models_are_sharded_as_well(rank)
+        unused_parameters_are_told_when_sharded(rank)
+        no_gathered_weight_is_kept_unless_small(rank)
+    finally:
+        sharded._TOGETHER = room
+
+
+def no_gathered_weight_is_kept_unless_small(rank):
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)
@@ -415,9 +427,10 @@ def no_gathered_weight_is_kept(rank):
         return counter.total
 
     whole = held(HessianOperator(net, LOSS, batch, process_group=None))
-    sharded = held(HessianOperator(_fully_sharded(net), LOSS, batch))
+    alone = held(HessianOperator(_fully_sharded(net), LOSS, batch))
     assert whole > read
-    assert sharded == whole - read
+    # Small ones may be, as far as they have room together.
+    assert alone == (whole - read if sharded._TOGETHER == 0 else whole)
 
 
 class _Unusual(nn.Module):
@@ -626,7 +639,8 @@ CHECKS = [
     what_a_group_is_is_checked,
     sharded_products_are_those_of_all_samples,
     nothing_is_left_in_a_sharded_model,
-    no_gathered_weight_is_kept,
+    no_gathered_weight_is_kept_unless_small,
+    each_parameter_may_be_gathered_alone,
     unusual_models_are_sharded_as_well,
     parameters_that_are_not_sharded_are_shared_out,
     sharded_spectra_are_those_of_one_process,

@@ -4,7 +4,7 @@ Every rank holds a stretch of each parameter's entries, and the same stretches o
 weight is gathered where the model reads it and freed after the operation; the backward pass of
 gathering is to add up and scatter, whose backward pass is to gather, so a second derivative needs
 nothing else. What autograd would keep of a gathered weight is kept as a recipe: it is gathered
-again where a backward pass reads it.
+again where a backward pass reads it. Small parameters are gathered together, once, and kept.
 
 All ranks gather in the same order, as they run the same model: forward passes by its program,
 backward passes because autograd's order depends on the graph only. Nothing here may depend on when
@@ -29,115 +29,17 @@ from conditioning.errors import (
     RankMismatchError,
     UnsupportedParameterError,
 )
+from conditioning.operators.gathering import Bundle, Stretch, local_tensor
 from conditioning.operators.modules import join_names
+
+# Parameters of at most so many entries, and together of at most so many, are gathered together and
+# kept while the model's graph is.
+_SMALL, _TOGETHER = 2**16, 2**20
 
 
 def can_shard(process_group: Any) -> bool:
     """Whether sharded parameters can be gathered: there are ranks, and they work together."""
     return dist.is_available() and dist.is_initialized() and process_group is not LOCAL
-
-
-class Stretch:
-    """Where the entries of one parameter lie: each rank has equally many in a row, or the rest.
-
-    Parameters
-    ----------
-    group : Group
-    tensor : Tensor
-        A DTensor that is sharded along its first axis; or one that every rank has whole, of which
-        each takes a stretch of its own.
-
-    Attributes
-    ----------
-    leaf : Tensor
-        This rank's entries, sharing memory with the parameter; what is differentiated by.
-    shape : tuple of int
-        Of the whole parameter.
-    begin, end : int
-        The entries of this rank, counted in the flat parameter.
-    """
-
-    def __init__(self, group: Group, tensor: Tensor) -> None:
-        self._group = group
-        self.shape = tuple(tensor.shape)
-        self.numel = tensor.numel()
-        placements = getattr(tensor, "placements", ())
-        local = _local(tensor).detach()
-        if placements and placements[0].is_shard():
-            rows = -(-self.shape[0] // group.size)
-            self._length = rows * (self.numel // max(self.shape[0], 1))
-        else:
-            self._length = -(-self.numel // group.size)
-        self.begin = min(group.rank * self._length, self.numel)
-        self.end = min(self.begin + self._length, self.numel)
-        if not (placements and placements[0].is_shard()):
-            local = local.reshape(-1)[self.begin : self.end]
-        self.leaf = local.requires_grad_() if tensor.requires_grad else local
-
-    def gather_rows(self, local: Tensor) -> Tensor:
-        """Put the stretches of all ranks together: ``(m, ...)`` to ``(numel, ...)``."""
-        tail = local.shape[1:]
-        whole = self._group.all_gather(_padded(local, self._length).view(-1))
-        return whole.view(-1, *tail)[: self.numel]
-
-    def scatter_rows(self, whole: Tensor) -> Tensor:
-        """Add up over the ranks, and take this rank's stretch: ``(numel, ...)`` to ``(m, ...)``."""
-        tail = whole.shape[1:]
-        padded = _padded(whole, self._length * self._group.size)
-        local = self._group.reduce_scatter(padded.view(-1))
-        return local.view(-1, *tail)[: self.end - self.begin]
-
-
-def _padded(rows: Tensor, length: int) -> Tensor:
-    missing = length - len(rows)
-    if missing:
-        rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-    return rows.contiguous()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return getattr(tensor, "_local_tensor", tensor)
-
-
-class _Gather(torch.autograd.Function):
-    """From the entries of each rank to the whole tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, stretch: Stretch) -> Tensor:
-        ctx.stretch = stretch
-        return _batched(local, stretch.gather_rows, stretch.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return _Scatter.apply(gradients[0], ctx.stretch), None
-
-
-class _Scatter(torch.autograd.Function):
-    """Sum over the ranks, and of the sum this rank's entries."""
-
-    @staticmethod
-    def forward(ctx: Any, whole: Tensor, stretch: Stretch) -> Tensor:
-        ctx.stretch = stretch
-        return _batched(whole, stretch.scatter_rows, tuple(stretch.leaf.shape))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return _Gather.apply(gradients[0], ctx.stretch), None
-
-
-def _batched(tensor: Tensor, function: Callable[[Tensor], Tensor], shape: Any) -> Tensor:
-    """Apply a collective for flat vectors to a tensor, or to one with a hidden axis of vectors.
-
-    ``torch.autograd.grad(is_grads_batched=True)`` hides the axis in a tensor of its own kind, for
-    which collectives have no rule.
-    """
-    if not torch._C._functorch.is_legacy_batchedtensor(tensor):
-        return function(tensor.reshape(-1)).view(shape)
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    block = torch._remove_batch_dim(tensor, level, 0, 0)
-    rows = function(block.reshape(len(block), -1 if block.numel() else 0).T)
-    return torch._add_batch_dim(rows.T.reshape(len(block), *shape), 0, level)
 
 
 class _Recipe(NamedTuple):
@@ -208,8 +110,25 @@ class Shards:
         self.numel = sum(self._sizes)
         counts = [sum(p is q for q in owned) for p in owned]
         self._tied = {id(p) for p, count in zip(owned, counts, strict=True) if count > 1}
+        self._bundles = self._bundled([id(p) for p in selected.values()])
         self._held: dict[int, Tensor] = {}
         self._known: dict[int, tuple[StorageWeakRef, Stretch]] = {}
+
+    def _bundled(self, keys: Sequence[int]) -> dict[int, tuple[Sequence[int], Bundle]]:
+        """Which parameters are gathered together, the smallest first, by each one's identity."""
+        found: dict[int, tuple[Sequence[int], Bundle]] = {}
+        for dtype in dict.fromkeys(leaf.dtype for leaf in self.leaves):
+            alike = [k for k in keys if self._stretches[k][1].leaf.dtype == dtype]
+            small, room = [], _TOGETHER
+            for key in sorted(alike, key=lambda k: self._stretches[k][1].numel):
+                numel = self._stretches[key][1].numel
+                room -= numel
+                if room >= 0 and numel <= _SMALL:
+                    small.append(key)
+            for together in [small, *([k] for k in alike if k not in small)]:
+                bundle = Bundle(self.group, [self._stretches[k][1] for k in together])
+                found |= dict.fromkeys(together, (together, bundle))
+        return found
 
     # -- vectors ----------------------------------------------------------------------------
 
@@ -284,7 +203,13 @@ class Shards:
         if id(parameter) in self._held:
             return self._held[id(parameter)]
         _, stretch = self._stretches[id(parameter)]
-        whole = _Gather.apply(stretch.leaf, stretch)
+        together, bundle = self._bundles.get(id(parameter)) or ([id(parameter)], None)
+        bundle = bundle or Bundle(self.group, [stretch])  # one that is not differentiated by
+        found = bundle.gather()
+        if len(together) > 1:
+            self._held |= dict(zip(together, found, strict=True))
+            return self._held[id(parameter)]
+        (whole,) = found
         self._note(whole, stretch)
         if id(parameter) in self._tied:  # one tensor under both names, as in the model
             self._held[id(parameter)] = whole
@@ -315,7 +240,7 @@ class Shards:
     def _refuse_moved(self) -> None:
         owned = {id(p) for m in self._modules for p in m._parameters.values()}
         for key, (parameter, stretch) in self._stretches.items():
-            local, leaf = _local(parameter), stretch.leaf
+            local, leaf = local_tensor(parameter), stretch.leaf
             same = local.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
             if key not in owned or not same or local.dtype != leaf.dtype:
                 msg = (
