@@ -10,7 +10,6 @@ from planted import diagonal, planted
 from conditioning.errors import InvalidArgumentError, NonFiniteError, ShapeError
 from conditioning.krylov import (
     LanczosRun,
-    block_lanczos,
     lanczos,
     make_generator,
     power_iteration,
@@ -135,25 +134,6 @@ def test_measured_noise_follows_the_dtype_of_the_products():
     assert noise[torch.float64] < 1e-14
 
 
-def test_block_lanczos_relation_and_multiplicities():
-    values = np.concatenate([np.full(3, 2.0), np.linspace(-1, 1, 57)])
-    matrix = planted(values)
-    start = torch.randn(60, 4, dtype=torch.float64, generator=make_generator(0))
-    basis, projected, residual = block_lanczos(matrix, start, 8)
-    last = torch.zeros(32, 4, dtype=torch.float64)
-    last[-4:] = torch.eye(4, dtype=torch.float64)
-    assert (matrix @ basis - basis @ projected - residual @ last.T).abs().max() < 1e-12
-    assert (basis.T @ basis - torch.eye(32, dtype=torch.float64)).abs().max() < 1e-12
-    assert np.allclose(torch.linalg.eigvalsh(projected)[-3:].numpy(), 2.0, atol=1e-8)
-
-
-def test_block_lanczos_survives_a_rank_deficient_start():
-    matrix = planted(np.linspace(1, 2, 40))
-    column = torch.randn(40, 1, dtype=torch.float64, generator=make_generator(0))
-    basis, _, _ = block_lanczos(matrix, column.repeat(1, 3), 5)
-    assert (basis.T @ basis - torch.eye(15, dtype=torch.float64)).abs().max() < 1e-12
-
-
 @pytest.mark.parametrize("name", ["decay", "indefinite"])
 def test_power_iteration_finds_the_dominant_eigenvalue(name):
     values = SPECTRA[name]
@@ -194,7 +174,6 @@ def test_power_iteration_says_when_it_has_not_converged():
         (lambda m: lanczos("no", torch.ones(4), 2), InvalidArgumentError, "Expected an operator"),
         (lambda m: power_iteration(m, torch.ones(4), 5, 2.0), InvalidArgumentError, "rtol"),
         (lambda m: power_iteration(m, torch.zeros(4), 5), InvalidArgumentError, "not zero"),
-        (lambda m: block_lanczos(m, torch.ones(4), 2), ShapeError, r"\(n, p\)"),
         (lambda m: make_generator("x"), InvalidArgumentError, "seed"),
     ],
 )

@@ -1,17 +1,12 @@
 """Krylov methods on "a symmetric matvec": linear algebra, no networks."""
 
-from conditioning.krylov.methods import (
-    BlockLanczos,
-    Lanczos,
-    PowerIteration,
-    block_lanczos,
-    lanczos,
-    power_iteration,
-)
+from conditioning.krylov.block import BlockLanczos, BlockRun, block_lanczos
+from conditioning.krylov.methods import Lanczos, PowerIteration, lanczos, power_iteration
 from conditioning.krylov.run import LanczosRun, make_generator, random_start, start_for
 
 __all__ = [
     "BlockLanczos",
+    "BlockRun",
     "Lanczos",
     "LanczosRun",
     "PowerIteration",

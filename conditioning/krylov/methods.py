@@ -1,4 +1,4 @@
-"""Lanczos, block Lanczos and power iteration as functions of "a symmetric matvec"."""
+"""Lanczos and power iteration as functions of "a symmetric matvec"."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conditioning.errors import InvalidArgumentError, NonFiniteError, ShapeError
+from conditioning.errors import InvalidArgumentError, NonFiniteError
 from conditioning.krylov import vectors
-from conditioning.krylov.run import LanczosRun, make_generator
+from conditioning.krylov.run import LanczosRun
 from conditioning.operators.base import FunctionOperator, LinearOperator, as_operator
 
 
@@ -30,23 +30,6 @@ class Lanczos(NamedTuple):
 
     basis: Tensor
     tridiagonal: Tensor
-    residual: Tensor
-
-
-class BlockLanczos(NamedTuple):
-    """What ``block_lanczos`` returns; ``A @ basis == basis @ projected + residual E_k^T``.
-
-    Attributes
-    ----------
-    basis : Tensor of shape (n, k p)
-    projected : Tensor of shape (k p, k p)
-        Symmetric block tridiagonal, float64, on the host.
-    residual : Tensor of shape (n, p)
-        Belongs to the last ``p`` basis vectors.
-    """
-
-    basis: Tensor
-    projected: Tensor
     residual: Tensor
 
 
@@ -118,85 +101,6 @@ def lanczos(
     run.extend(num_steps)
     tridiagonal = torch.from_numpy(run.jacobi.dense())
     return Lanczos(run.basis, tridiagonal, run.residual)
-
-
-def block_lanczos(
-    matmat: Callable[[Tensor], Tensor] | LinearOperator | Tensor,
-    start: Tensor,
-    num_steps: int,
-    *,
-    seed: int | torch.Generator = 0,
-) -> BlockLanczos:
-    """Block Lanczos with full reorthogonalisation: sees multiplicities up to the block size.
-
-    Parameters
-    ----------
-    matmat : callable, LinearOperator or matrix
-        ``V -> A V`` for blocks of shape ``(n, p)``.
-    start : Tensor of shape (n, p)
-        Of any rank of at least one; dependent columns are replaced by random ones.
-    num_steps : int
-        Block steps wanted; fewer are done when the whole space is spanned.
-    seed : int or torch.Generator
-        For the replacement of directions that close early.
-
-    Returns
-    -------
-    BlockLanczos
-        ``basis, projected, residual`` with ``A Q = Q T + R E_k^T``.
-
-    References
-    ----------
-    G. H. Golub, R. Underwood, in Mathematical Software III, 1977, 361-377.
-    """
-    _check_steps(num_steps)
-    if start.ndim != 2:
-        msg = f"The start block must have shape (n, p), got {tuple(start.shape)}."
-        raise ShapeError(msg)
-    size, width = start.shape
-    operator = _operator_of(matmat, start) if not callable(matmat) else None
-    generator = make_generator(seed)
-    block, _ = _orthonormal_block(start.to(torch.float64), start[:, :0].double(), generator)
-    basis = block
-    projected = torch.zeros(0, 0, dtype=torch.float64)
-    while True:
-        product = operator.matmat(block) if operator is not None else matmat(block)  # type: ignore[operator]
-        product = product.to(torch.float64)
-        coefficients = basis.T @ product
-        rest = product - basis @ coefficients
-        again = basis.T @ rest
-        rest -= basis @ again
-        coefficients = (coefficients + again).cpu()
-        old = projected.shape[0]
-        grown = torch.zeros(old + width, old + width, dtype=torch.float64)
-        grown[:old, :old] = projected
-        diagonal = coefficients[old:]
-        grown[old:, old:] = (diagonal + diagonal.T) / 2
-        if old:
-            grown[old - width : old, old:] = coefficients[old - width : old]
-            grown[old:, old - width : old] = coefficients[old - width : old].T
-        projected = grown
-        steps = projected.shape[0] // width
-        if steps == num_steps or basis.shape[1] + width > size:
-            return BlockLanczos(basis, projected, rest)
-        block, _ = _orthonormal_block(rest, basis, generator)
-        basis = torch.cat([basis, block], dim=1)
-
-
-def _orthonormal_block(
-    block: Tensor, basis: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """QR of ``block`` orthogonal to ``basis``; directions of no size become random ones."""
-    q, r = torch.linalg.qr(block)
-    scale = torch.linalg.matrix_norm(block, 2)
-    dead = torch.diagonal(r).abs() <= 1e-12 * torch.clamp_min(scale, 1e-300)
-    q = torch.where(dead, torch.zeros_like(q), q)
-    fresh = torch.randn(q.shape, dtype=q.dtype, generator=generator).to(q.device)
-    q = torch.where(dead, fresh, q)
-    for _ in range(2):
-        q = q - basis @ (basis.T @ q)
-        q, _ = torch.linalg.qr(q)
-    return q, r
 
 
 def power_iteration(

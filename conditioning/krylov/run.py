@@ -50,9 +50,39 @@ def random_start(size: int, seed: int | torch.Generator, device: torch.device | 
     return vector.to(device)
 
 
-def start_for(operator: LinearOperator, seed: int | torch.Generator) -> Tensor:
-    """``random_start`` for an operator: its size and device, this process's entries."""
-    return operator.local_part(random_start(operator.shape[1], seed, operator.device))
+def start_for(
+    operator: LinearOperator, seed: int | torch.Generator, width: int | None = None
+) -> Tensor:
+    """``random_start`` for an operator: its size and device, this process's entries.
+
+    With ``width`` a block of so many columns, shape ``(n, width)``.
+    """
+    size, device = operator.shape[1], operator.device
+    if width is None:
+        return operator.local_part(random_start(size, seed, device))
+    drawn = random_start(size * width, seed, device).reshape(width, size)
+    return operator.local_part(drawn.T.contiguous())
+
+
+def refuse_products(size: float, leak: float) -> None:
+    """Refuse products of this size that no Krylov method can work with.
+
+    ``leak`` is what they have beyond the recurrence, where a symmetric operator has nothing.
+    """
+    if not np.isfinite(size) or 0 < size < _SMALLEST:
+        msg = (
+            "A product of the operator is not finite (NaN or infinity), or of a size whose "
+            "square is none in float64. Check the loss and the parameters for overflow; "
+            "float64 or another scale of the loss often helps."
+        )
+        raise NonFiniteError(msg)
+    if leak > 1e-2 * size:
+        msg = (
+            f"The operator is not symmetric: a part of relative size {leak / size:.1e} of a "
+            f"product leaves the three-term recurrence, which rounding does not explain. "
+            f"Eigenvalues here are those of symmetric operators."
+        )
+        raise AsymmetricOperatorError(msg)
 
 
 class LanczosRun:
@@ -258,22 +288,7 @@ class LanczosRun:
         return size
 
     def _check_scalars(self, alpha: float, beta: float, leak: float) -> None:
-        """Refuse products that no Krylov method can work with."""
-        size = max(abs(alpha), beta, self._scale())
-        if not np.isfinite(size) or 0 < size < _SMALLEST:
-            msg = (
-                "A product of the operator is not finite (NaN or infinity), or of a size whose "
-                "square is none in float64. Check the loss and the parameters for overflow; "
-                "float64 or another scale of the loss often helps."
-            )
-            raise NonFiniteError(msg)
-        if leak > 1e-2 * size:
-            msg = (
-                f"The operator is not symmetric: a part of relative size {leak / size:.1e} of a "
-                f"product leaves the three-term recurrence, which rounding does not explain. "
-                f"Eigenvalues here are those of symmetric operators."
-            )
-            raise AsymmetricOperatorError(msg)
+        refuse_products(max(abs(alpha), beta, self._scale()), leak)
 
     @property
     def complete(self) -> bool:

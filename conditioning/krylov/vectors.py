@@ -1,8 +1,7 @@
 """Inner products, norms and bases of vectors whose entries may be spread over processes.
 
-Every inner product and norm of Lanczos runs, power iteration and ``conditioning.spectrum`` is taken
-here, so that an operator with sharded vectors overrides ``sum_over_shards`` and nothing else.
-(``block_lanczos`` takes functions of whole blocks, which are not sharded.)
+Every inner product and norm of Krylov methods and ``conditioning.spectrum`` is taken here, so
+that an operator with sharded vectors overrides ``sum_over_shards`` and nothing else.
 """
 
 from __future__ import annotations
