@@ -11,7 +11,10 @@ from conditioning import eigenvalues
 from conditioning.krylov import LanczosRun, random_start
 from conditioning.krylov.restart import RestartedRun
 from conditioning.operators.base import MatrixOperator
+from conditioning.spectrum import search
 from conditioning.spectrum.locked import SharedPairs, joined, num_worth_keeping
+from conditioning.spectrum.measure import inverse_weight
+from conditioning.spectrum.search import Search
 
 SIZE = 200
 CLUSTERED = np.concatenate([np.linspace(-1, 1, 192), [2, 2, 2, 1.9, 1.9, 1.7, 1.7 + 1e-5, -1.8]])
@@ -134,6 +137,33 @@ def test_with_half_of_the_failures_allowed_no_more_are_seen(kind):
         )
     )
     assert wrong <= 0.45 * 25
+
+
+def test_what_all_rounds_leave_to_chance_is_no_more_than_stated(monkeypatch):
+    """Rounds that close early leave more to chance, and still share it."""
+    spent = {}
+
+    def converge(self, *args):
+        spent[self.rounds] = 0.0
+        return whole(self, *args)
+
+    def weight(size, failure_probability):
+        spent[max(spent)] = max(spent[max(spent)], failure_probability)
+        return inverse_weight(size, failure_probability)
+
+    whole = Search._converge
+    monkeypatch.setattr(Search, "_converge", converge)
+    monkeypatch.setattr(search, "inverse_weight", weight)
+    values = np.concatenate([np.full(12, 2.0), np.full(88, 1.0)])
+    found = eigenvalues(diagonal(values).float(), 3, rtol=1e-3, seed=1)
+    assert found.status == "exhausted"
+    assert max(spent) >= 3
+    assert 0 < sum(spent.values()) <= found.failure_probability
+    clear = np.concatenate([np.full(12, 2.0), np.linspace(-1, 1, 388)])
+    spent.clear()
+    found = eigenvalues(diagonal(clear), 12, rtol=1e-3, failure_probability=1e-4)
+    assert (found.status, found.failure_probability) == ("certified", 1e-4)
+    assert 0 < sum(spent.values()) <= 1e-4
 
 
 def test_a_second_run_costs_less_beside_pairs_that_have_not_converged(monkeypatch):

@@ -21,6 +21,9 @@ from conditioning.spectrum.pairs import KEYS
 # costs products like 1 / sqrt of it.
 _SLACK = 1e-2
 _EXTRA = 20  # pairs kept beside the wanted ones, at most
+# What a closed run may leave to chance, over all rounds, where the asked allowance excludes nothing:
+# it has nothing more to say.
+_CLOSED = 1e-2
 _AMPLE = 200  # vectors beside the wanted ones: a basis of so many is not worth halving
 
 
@@ -43,6 +46,7 @@ class Search:
     restarts: int = 0
     extra: int = 0
     rounds: int = field(default=0, init=False)
+    claims: int = field(default=0, init=False)  # rounds that may end with the claim
 
     def plan_memory(self, budget: int | None) -> None:
         """How many vectors a basis may hold, and in what dtype."""
@@ -91,10 +95,9 @@ class Search:
             )  # fmt: skip
             self.rounds += 1
             found.noise = self.noise
-            # Each round is another chance to be wrong: the rounds share the allowance.
-            allowed = self.failure_probability / (self.rounds * (self.rounds + 1))
-            if self.k == 1 or not self.certify:
-                allowed = self.failure_probability  # one round is all
+            # Each round that may end with the claim is another chance to be wrong.
+            self.claims += pairs.full or not self.certify
+            allowed = self.failure_probability * self._share
             outer, settled = self._converge(found, pairs, allowed)
             # Beside locked pairs less than this is rounding: it follows the scale of the whole.
             eps = float(torch.finfo(self.operator.dtype).eps)
@@ -104,20 +107,20 @@ class Search:
             keys = key(found.jacobi.ritz_values)
             new = settled & (keys > floor + self._tolerance(found))
             if not new.any():
+                outer = self._left_to_chance(found, pairs, floor, allowed, outer)
                 if full and self._excluded(found, pairs.beyond(outer), floor):
-                    self.chance = self._chance(found, self.failure_probability)
                     return *self._finished(found), pairs.beyond(outer), pairs
                 if full and pairs.narrow():
                     continue  # they hide more than they were taken for: again, without them
                 break
             self._put_aside(found, pairs, keys, new)
             if self.k == 1:
+                outer = self._left_to_chance(found, pairs, pairs.floor, allowed, outer)
                 if self._excluded(found, outer, pairs.floor):
-                    self.chance = self._chance(found, allowed)
                     return *self._finished(found), max(outer, pairs.floor), pairs
                 break
             if pairs.full and not self.certify:
-                self.chance = self._chance(found, allowed)
+                self.chance = 0.0 if found.complete else self.failure_probability
                 return *self._one_run(), max(self._outer(found, allowed), pairs.floor), pairs
         return *self._unfinished(pairs.full), np.inf, pairs
 
@@ -159,7 +162,7 @@ class Search:
         """Whether ``_outer`` is at most ``target``: one point of each side instead of a search."""
         if run.only_zeros or run.complete:
             return self._outer(run, allowed) <= target
-        inverse_mass = inverse_weight(self.operator.shape[0], self._chance(run, allowed))
+        inverse_mass = inverse_weight(self.operator.shape[0], allowed)
         return all(
             side.excludes_beyond(target - run.guard, inverse_mass) for side in self._sides(run)
         )
@@ -210,12 +213,24 @@ class Search:
             elif done and self._excludes(run, self._limit(run, float(keys[top[0]])), allowed):
                 return self._outer(run, allowed), settled
 
-    def _chance(self, run: RestartedRun, allowed: float) -> float:
-        """Probability with which an outer bound of the run's space may be wrong."""
-        if run.complete or run.only_zeros:
-            return 0.0
-        # A closed run has nothing more to say: what it cannot exclude is left to chance.
-        return max(allowed, 1e-2) if run.closed else allowed
+    @property
+    def _share(self) -> float:
+        """Of what is left to chance in all, this round's: the shares of all rounds sum to one."""
+        return 1.0 if self.k == 1 else 1 / (max(self.claims, 1) * (self.claims + 1))
+
+    def _left_to_chance(
+        self, run: RestartedRun, pairs: SharedPairs, floor: float, allowed: float, outer: float
+    ) -> float:
+        """Upper bound of the key at the smallest chance of a failure that excludes what it has to.
+
+        A larger chance is an event about the same start vector that contains the smaller one, so
+        that trying both adds nothing. ``chance`` is what all rounds together may fail with.
+        """
+        self.chance = 0.0 if run.complete or run.only_zeros else self.failure_probability
+        if not run.closed or self._excluded(run, pairs.beyond(outer), floor):
+            return outer
+        self.chance = max(self.chance, _CLOSED)
+        return self._outer(run, max(allowed, _CLOSED * self._share))
 
     def _outer(self, run: RestartedRun, allowed: float) -> float:
         """Upper bound of the key over the space that the run lives in."""
@@ -225,7 +240,7 @@ class Search:
         if run.complete:
             reach = KEYS[self.which](jacobi.ritz_values) + jacobi.residual_norms
             return float(reach.max()) + run.guard
-        inverse_mass = inverse_weight(self.operator.shape[0], self._chance(run, allowed))
+        inverse_mass = inverse_weight(self.operator.shape[0], allowed)
         return max(side.right_end(inverse_mass) for side in self._sides(run)) + run.guard
 
     def _finished(self, run: RestartedRun) -> tuple[str, str]:
