@@ -91,6 +91,33 @@ def test_what_cannot_be_certified_is_stopped_with_its_price_and_kappa_10(name):
     assert record["kappa_10"]["low"] == found.kappa_10.low
 
 
+def test_a_stop_is_said_whatever_the_status():
+    values = np.concatenate([np.linspace(-1e-2, 1e-2, 2990), np.linspace(0.3, 1, 10)])
+    factors = torch.from_numpy(values).float()
+
+    def product(vector):
+        return (factors * vector + 20) - 20  # rounds as float32 intermediates of size 20 do
+
+    operator = FunctionOperator(product, (3000, 3000), torch.float32)
+    found = condition_number(operator, method="lanczos", max_matvecs=300)
+    assert found.status == "not resolvable"
+    used = found.num_matvecs
+    assert used < 300
+    assert f"Stopped early after {used} of max_matvecs=300 products" in str(found)
+    full = condition_number(operator, method="lanczos", max_matvecs=300, stop_early=False)
+    assert "topped early" not in str(full)
+    assert full.num_matvecs == 300
+
+
+def test_a_space_that_closed_in_rounding_is_not_taken_for_a_spent_budget():
+    factors = torch.linspace(-1e-3, 1e-3, 3000)
+    factors[:10] = torch.linspace(0.3, 1, 10)
+    operator = FunctionOperator(lambda v: (factors * v + 10) - 10, (3000, 3000), torch.float32)
+    found = condition_number(operator, method="lanczos", max_matvecs=300)
+    assert found.num_matvecs < 30
+    assert "max_matvecs" not in str(found)
+
+
 SHAPES = {
     "both sides": (np.concatenate([np.linspace(-1, -0.1, 600), np.linspace(0.1, 1, 600)]), 80),
     "one side": (np.linspace(1 / 300, 1, 1200), 80),

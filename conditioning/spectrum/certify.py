@@ -75,7 +75,12 @@ def certify(
         run.extend(min(_next_check(run.num_steps), last) - run.num_steps)
     used = operator.num_matvecs - spent
     result = _conclude(run, bounds, options, used, by_memory)
-    if run.num_steps >= last or run.closed or result.status != "lower bound only":
+    stopped = hopeless and not run.closed and bounds.ratio == math.inf and run.num_steps < last
+    if stopped and result.status != "lower bound only":
+        message = f"{result.message} Stopped early after {used} of max_matvecs={limit} products, "
+        message += "since the rest cannot suffice to certify. stop_early=False goes on."
+        return replace(result, message=message)
+    if not stopped:
         return result
     left = min(limit - used, by_memory - run.num_steps)
     probes = more_probes(run, generator, left)
@@ -88,7 +93,8 @@ def certify(
         certain += f", and >= {low:.4g} with probability 1 - {options.failure_probability:g}"
     needed = needed_of(run, low, options)
     message = (
-        f"{certain}; stopped early, since max_matvecs={limit} cannot suffice: "
+        f"{certain}; stopped early after {used} products, since max_matvecs={limit} cannot "
+        f"suffice: "
         f"{_price(needed)}, {_dense_cost(run)}. stop_early=False goes on. "
     )
     message += f"kappa_10 >= {tenth.low:.4g}" if math.isinf(tenth.high) else f"kappa_10 = {tenth}"
@@ -230,6 +236,8 @@ def _between(run: LanczosRun, options: Options) -> str:
 
 
 def _more(run: LanczosRun, used: int, by_memory: int) -> str:
+    if run.closed:
+        return f"after {used} products the Krylov space closed, and what was left is rounding"
     if run.num_steps >= by_memory:
         size = format_bytes(8 * run.operator.shape[0])
         return f"the basis filled memory_budget ({size} a step)"

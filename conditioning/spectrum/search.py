@@ -21,8 +21,8 @@ from conditioning.spectrum.pairs import KEYS
 # costs products like 1 / sqrt of it.
 _SLACK = 1e-2
 _EXTRA = 20  # pairs kept beside the wanted ones, at most
-# What a closed run may leave to chance, over all rounds, where the asked allowance excludes nothing:
-# it has nothing more to say.
+# What closed runs may leave to chance, over all rounds, where the asked allowance excludes
+# nothing: they have nothing more to say.
 _CLOSED = 1e-2
 _AMPLE = 200  # vectors beside the wanted ones: a basis of so many is not worth halving
 
