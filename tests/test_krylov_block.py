@@ -95,6 +95,11 @@ def test_a_space_that_is_spanned_ends_the_run():
     assert run.closed
     assert run.num_matvecs == 10
     assert np.allclose(run.ritz()[0], values, atol=1e-13)
+    for which, truth in (("LA", values[::-1]), ("SA", values)):
+        low, high = run.bounds(4, which)
+        assert (low <= truth[:4]).all()
+        assert (truth[:4] <= high).all()
+        assert (high - low).max() < 1e-12
 
 
 def test_a_zero_operator_closes_at_once():

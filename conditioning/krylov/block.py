@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,6 +102,12 @@ class _State:
     leak: float = 0.0  # what a product has where exact arithmetic has nothing
     lost: float = 0.0  # by storing, relative to a unit vector
     dropped: float = 0.0
+
+    @cached_property
+    def ritz(self) -> tuple[Array, Array, Array]:
+        values, vectors = np.linalg.eigh(self.projected)
+        tails = self.tail @ vectors[len(vectors) - len(self.tail) :]
+        return np.asarray(values), np.asarray(vectors), np.asarray(tails)
 
 
 class BlockRun:
@@ -271,10 +278,7 @@ class BlockRun:
         The Gram matrix of the last one's columns is that of the residuals, so their norms are the
         column norms. No product is taken.
         """
-        state = self._state
-        values, vectors = np.linalg.eigh(state.projected)
-        tails = state.tail @ vectors[len(vectors) - len(state.tail) :]
-        return np.asarray(values), np.asarray(vectors), np.asarray(tails)
+        return self._state.ritz
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """Basis times ``coefficients`` of shape ``(m, l)``, without copying the basis."""
@@ -327,6 +331,10 @@ class BlockRun:
         sign = 1.0 if which == "LA" else -1.0
         order = np.argsort(-sign * values, kind="stable")
         inner_ends, tails = sign * values[order], tails[:, order]
+        if len(values) == self.operator.shape[0]:  # all of them
+            radius = float(np.linalg.norm(tails, 2)) + self.guard
+            ends = sign * values[order][:k] - radius, sign * values[order][:k] + radius
+            return ends if which == "LA" else (-ends[1], -ends[0])
         rows = min(k + 1, self._columns, len(values))
         outer = self._outer_ends(inner_ends, rows, failure_probability / 2)
         for j in range(1, rows):

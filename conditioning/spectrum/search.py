@@ -19,7 +19,7 @@ from conditioning.spectrum.pairs import KEYS
 
 # How far beyond the k-th value an eigenvalue that nobody saw could lie: resolving less
 # costs products like 1 / sqrt of it.
-_SLACK = 1e-2
+SLACK = 1e-2
 _EXTRA = 20  # pairs kept beside the wanted ones, at most
 # What closed runs may leave to chance, over all rounds, where the asked allowance excludes
 # nothing: they have nothing more to say.
@@ -137,7 +137,7 @@ class Search:
             order = np.concatenate([best, others])
             shares = jacobi.residual_norm * jacobi.ritz_vectors[-1, order]
             last = float(keys[best].min())
-            limit = last + _SLACK * abs(last)
+            limit = last + SLACK * abs(last)
             count = num_worth_keeping(keys[order], shares, self.k, limit, self.extra)
             best = order[: self.k + count]
         pairs.add(
@@ -155,8 +155,8 @@ class Search:
 
     def _limit(self, run: RestartedRun, floor: float) -> float:
         """Key that nothing missed may exceed."""
-        small = run.guard if self.k == 1 else min(self._tolerance(run), _SLACK * run.jacobi.scale)
-        return floor + _SLACK * abs(floor) + small
+        small = run.guard if self.k == 1 else min(self._tolerance(run), SLACK * run.jacobi.scale)
+        return floor + SLACK * abs(floor) + small
 
     def _excludes(self, run: RestartedRun, target: float, allowed: float) -> bool:
         """Whether ``_outer`` is at most ``target``: one point of each side instead of a search."""
