@@ -2,7 +2,7 @@
 
 from conditioning.blocks import block_jacobians, find_blocks, select_blocks, split_blocks
 from conditioning.checkup import Checkup, checkup
-from conditioning.krylov import lanczos, power_iteration
+from conditioning.krylov import block_lanczos, lanczos, power_iteration
 from conditioning.norms import GradientNorms
 from conditioning.operators import (
     FunctionOperator,
@@ -54,6 +54,7 @@ __all__ = [
     "SpectralDensity",
     "SpectrumSurvey",
     "block_jacobians",
+    "block_lanczos",
     "checkup",
     "condition_number",
     "eigenvalues",

@@ -10,7 +10,9 @@ from scipy.sparse.linalg import aslinearoperator
 
 from conditioning import eigenvalues
 from conditioning.errors import AsymmetricOperatorError, InvalidArgumentError
+from conditioning.krylov import LanczosRun, random_start
 from conditioning.operators.base import FunctionOperator, MatrixOperator
+from conditioning.spectrum.measure import inverse_weight
 
 RNG = np.random.default_rng(0)
 SPECTRA = {
@@ -155,3 +157,20 @@ def test_an_operator_that_is_not_symmetric_is_refused():
     operator = FunctionOperator(lambda v: torch.roll(v, 1), (500, 500))
     with pytest.raises(AsymmetricOperatorError, match="not symmetric"):
         eigenvalues(operator, 2)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_one_value_takes_no_product_more_than_its_proof(seed):
+    """It ends with the first product after which the Christoffel bound excludes a larger one."""
+    values = np.concatenate([np.linspace(-1, 1, 599), [1.3]])
+    run = LanczosRun(MatrixOperator(diagonal(values)), random_start(600, seed, "cpu"))
+    mass = inverse_weight(600, 1e-6)
+    while True:
+        run.extend(1)
+        largest = float(run.jacobi.ritz_values[-1])
+        sides = (run.jacobi, run.jacobi.mirrored())
+        if all(side.excludes_beyond(1.01 * largest, mass) for side in sides):
+            break
+    found = eigenvalues(diagonal(values), 1, rtol=1e-2, seed=seed)
+    assert run.num_steps > 15
+    assert found.num_matvecs == run.num_steps
