@@ -76,7 +76,7 @@ def eigenvalues(
         a multiple eigenvalue, or a member of a cluster, may be missing. Status "not certified".
     block_size : int
         Lanczos from a block of so many vectors, at least ``k``; ``k + 6`` is a good choice. It
-        takes more products, two to three times as many where there are no copies, but in blocks,
+        takes more products, three to five times as many where there are no copies, but in blocks,
         and no second run: worth it where a product in a block costs less than about a fifth of a
         single one (``H.engine`` tells), and the more copies there are, the more.
 
