@@ -122,7 +122,8 @@ class JacobiMatrix:
     @property
     def scale(self) -> float:
         """Largest Ritz value in magnitude: never more than the spectral radius."""
-        return float(np.abs(self.ritz_values).max())
+        values = self.ritz_values  # ascending
+        return max(abs(float(values[0])), abs(float(values[-1])))
 
     def rounding_growth(self) -> float:
         """By how much errors of size one in every product can have grown in the residual.
@@ -161,26 +162,34 @@ class JacobiMatrix:
             The mass of any point of ``[points[i], points[i + 1]]`` is at most
             ``1 / between[i]``: a proof for the whole interval, not a sample.
         """
-        counts = np.zeros(len(points), dtype=np.int64)
-        at, between = np.ones(len(points)), np.ones(len(points) - 1)
+        off = self._divisors
+        shifted = points - self.diagonal[:, None]
+        # What is divided at each step, and what it is seen with: its sign against the last one's.
+        values, before = np.empty_like(shifted), np.empty_like(shifted)
         previous, current = np.zeros_like(points), np.ones_like(points)
+        for j in range(self.size):
+            before[j] = current
+            following = (shifted[j] * current - off[j] * previous) / off[j + 1]
+            previous, current = current, following
+            values[j] = current
+            if float(np.abs(current).max()) > _HUGE:
+                # Scaling down both terms keeps signs and leaves a valid, smaller lower bound.
+                shrink = np.where(np.abs(current) > _HUGE, 1 / _HUGE, 1.0)
+                current, previous = current * shrink, previous * shrink
+        squares = values * values
+        # A zero counts as a sign change, so that a root at a point belongs to one side.
+        changes = (values * np.sign(before) < 0) | (values == 0)
+        counts = np.cumsum(changes, axis=0)
+        free = counts[:, 1:] == counts[:, :-1]
+        smaller = np.minimum(squares[:, 1:], squares[:, :-1])
+        return 1 + squares.sum(axis=0), 1 + np.where(free, smaller, 0.0).sum(axis=0)
+
+    @cached_property
+    def _divisors(self) -> Array:
+        """Off-diagonal entries between a zero and the residual norm, shape ``(k + 1,)``."""
         # A residual that is too small to divide by may be taken larger: the bound stays a bound.
         floor = 1e-20 * float(np.abs(self.diagonal).max()) + 1e-290
-        off = np.concatenate([[0.0], self.off_diagonal, [max(self.residual_norm, floor)]])
-        for j in range(self.size):
-            following = ((points - self.diagonal[j]) * current - off[j] * previous) / off[j + 1]
-            # A zero counts as a sign change, so that a root at a point belongs to one side.
-            counts += (following * np.sign(current) < 0) | (following == 0)
-            previous, current = current, following
-            squares = current * current
-            at += squares
-            free = counts[1:] == counts[:-1]
-            between += np.where(free, np.minimum(squares[1:], squares[:-1]), 0.0)
-            if float(squares.max()) > _HUGE**2:
-                # Scaling down both terms keeps signs and leaves a valid, smaller lower bound.
-                shrink = np.where(squares > _HUGE**2, 1 / _HUGE, 1.0)
-                current, previous = current * shrink, previous * shrink
-        return at, between
+        return np.concatenate([[0.0], self.off_diagonal, [max(self.residual_norm, floor)]])
 
     def excluded_until(
         self, begin: float, end: float, inverse_mass: float, resolution: float = 1e-4
@@ -238,7 +247,16 @@ class JacobiMatrix:
         """Whether ``right_end`` is at most ``point``, without searching for it."""
         if point <= self.ritz_values[-1]:
             return False
-        return bool(self.inverse_mass(np.array([point]))[0][0] > inverse_mass)
+        # ``inverse_mass`` at one point: in floats, an array of one entry costs ten times as much.
+        off = self._divisors.tolist()
+        previous, current, total = 0.0, 1.0, 1.0
+        for j, diagonal in enumerate(self.diagonal.tolist()):
+            following = ((point - diagonal) * current - off[j] * previous) / off[j + 1]
+            previous, current = current, following
+            total += current * current
+            if total > inverse_mass:
+                return True
+        return False
 
     # -- cumulated mass ---------------------------------------------------------------------
 

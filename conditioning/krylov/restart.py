@@ -180,7 +180,7 @@ class RestartedRun(LanczosRun):
         self._alpha = [float(value) for value in matrix.ritz_values[best]]
         self._beta = [0.0] * (keep - 1) + [self._beta[-1]]
         self._may_close = False  # the recurrence that tells rounding from a residual is gone
-        self._jacobi = None
+        self._jacobi, self._known_scale = None, (0, 0.0)
         self.num_restarts += 1
 
     def _num_coupled(self) -> int:

@@ -160,6 +160,7 @@ class LanczosRun:
         self._lost = 0.0
         self._may_close = True
         self._jacobi: JacobiMatrix | None = None
+        self._known_scale = 0, 0.0  # at that many steps; asked for several times in each
         self.max_steps = size if max_steps is None else min(max_steps, size)
         self._basis = self._new_basis(basis_dtype)
         vector = start.detach().to(self._device, torch.float64)
@@ -347,6 +348,11 @@ class LanczosRun:
         return 0 if self._deflate is None else self._deflate.shape[1]
 
     def _scale(self) -> float:
+        if self._known_scale[0] != len(self._alpha):
+            self._known_scale = len(self._alpha), self._measured_scale()
+        return self._known_scale[1]
+
+    def _measured_scale(self) -> float:
         beta = np.asarray(self._beta)
         pairs = np.concatenate([[0.0], beta[:-1]]) if len(beta) else np.zeros(1)
         return float(np.max(np.abs(self._alpha) + beta + pairs)) if self._alpha else 0.0
@@ -450,7 +456,7 @@ class LanczosRun:
                 f"one has {self.operator.shape[0]}. Delete it or name another file."
             )
             raise InvalidArgumentError(msg)
-        self.num_steps, self._jacobi = 0, None
+        self.num_steps, self._jacobi, self._known_scale = 0, None, (0, 0.0)
         self.max_steps = max(self.max_steps, len(state["basis"]))
         # In the dtype of the file: rounding it again would lose what no bound knows of.
         stored = state["basis"].dtype if len(state["basis"]) else self._basis.dtype
