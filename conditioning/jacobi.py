@@ -19,6 +19,7 @@ Eigenvalue Problem, 1998, chapters 3 and 7.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +33,7 @@ Array: TypeAlias = NDArray[np.float64]
 _HUGE = 1e100
 
 
-def first_beyond(top: float, scale: float, passes: Callable[[Array], NDArray[np.bool_]]) -> float:
+def first_beyond(top: float, scale: float, passes: Callable[[float], bool]) -> float:
     """Where a condition that holds from some point to the right of ``top`` on surely holds.
 
     From above, closer than a tenth of a percent of the distance; infinite if it does not hold
@@ -41,13 +42,12 @@ def first_beyond(top: float, scale: float, passes: Callable[[Array], NDArray[np.
     scale = max(scale, 1e-300)
     low, high = 1e-17, 1e6
     for _ in range(3):
-        steps = np.geomspace(low, high, 200)
-        above = np.flatnonzero(passes(top + scale * steps))
-        if not len(above):
+        steps = [float(step) for step in np.geomspace(low, high, 200)]
+        first = bisect_left(steps, True, key=lambda step: passes(top + scale * step))
+        if first == len(steps):
             return float("inf")
-        first = int(above[0])
-        high = float(steps[first])
-        low = float(steps[first - 1]) if first else high / 2
+        high = steps[first]
+        low = steps[first - 1] if first else high / 2
     return top + scale * high
 
 
@@ -162,9 +162,19 @@ class JacobiMatrix:
             The mass of any point of ``[points[i], points[i + 1]]`` is at most
             ``1 / between[i]``: a proof for the whole interval, not a sample.
         """
+        values, before = self._polynomials(points)
+        squares = values * values
+        # A zero counts as a sign change, so that a root at a point belongs to one side.
+        changes = (values * np.sign(before) < 0) | (values == 0)
+        counts = np.cumsum(changes, axis=0)
+        free = counts[:, 1:] == counts[:, :-1]
+        smaller = np.minimum(squares[:, 1:], squares[:, :-1])
+        return 1 + squares.sum(axis=0), 1 + np.where(free, smaller, 0.0).sum(axis=0)
+
+    def _polynomials(self, points: Array) -> tuple[Array, Array]:
+        """``p_1, ..., p_k`` at the points, row by row, and what went into each, of its sign."""
         off = self._divisors
         shifted = points - self.diagonal[:, None]
-        # What is divided at each step, and what it is seen with: its sign against the last one's.
         values, before = np.empty_like(shifted), np.empty_like(shifted)
         previous, current = np.zeros_like(points), np.ones_like(points)
         for j in range(self.size):
@@ -176,13 +186,7 @@ class JacobiMatrix:
                 # Scaling down both terms keeps signs and leaves a valid, smaller lower bound.
                 shrink = np.where(np.abs(current) > _HUGE, 1 / _HUGE, 1.0)
                 current, previous = current * shrink, previous * shrink
-        squares = values * values
-        # A zero counts as a sign change, so that a root at a point belongs to one side.
-        changes = (values * np.sign(before) < 0) | (values == 0)
-        counts = np.cumsum(changes, axis=0)
-        free = counts[:, 1:] == counts[:, :-1]
-        smaller = np.minimum(squares[:, 1:], squares[:, :-1])
-        return 1 + squares.sum(axis=0), 1 + np.where(free, smaller, 0.0).sum(axis=0)
+        return values, before
 
     @cached_property
     def _divisors(self) -> Array:
@@ -240,13 +244,14 @@ class JacobiMatrix:
         return first_beyond(
             float(self.ritz_values[-1]),
             self.scale,
-            lambda points: self.inverse_mass(points)[0] > inverse_mass,
+            lambda point: self._excludes(point, inverse_mass),
         )
 
     def excludes_beyond(self, point: float, inverse_mass: float) -> bool:
         """Whether ``right_end`` is at most ``point``, without searching for it."""
-        if point <= self.ritz_values[-1]:
-            return False
+        return bool(point > self.ritz_values[-1]) and self._excludes(point, inverse_mass)
+
+    def _excludes(self, point: float, inverse_mass: float) -> bool:
         # ``inverse_mass`` at one point: in floats, an array of one entry costs ten times as much.
         off = self._divisors.tolist()
         previous, current, total = 0.0, 1.0, 1.0
@@ -274,7 +279,7 @@ class JacobiMatrix:
         """
         index = np.searchsorted(self.ritz_values, points, side="right")
         here = self._gauss_sums[index]
-        width = 1 / self.inverse_mass(points)[0]
+        width = 1 / (1 + (self._polynomials(points)[0] ** 2).sum(axis=0))
         low = np.maximum(self._gauss_sums[np.maximum(index - 1, 0)], here - width)
         high = np.minimum(self._gauss_sums[np.minimum(index + 1, self.size)], here + width)
         # The measure is monotone, so a bound at one point is a bound further on.

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from conditioning.errors import InvalidArgumentError
@@ -83,14 +82,11 @@ class RestartedMatrix(JacobiMatrix):
     def right_end(self, inverse_mass: float) -> float:
         """An ``x`` such that no point of ``[x, inf)`` can carry a given mass of the start."""
         roots = np.concatenate([self.dropped, self.ritz_values])
-        wanted = self.log_norm + 0.5 * float(np.log(inverse_mass))
-
-        def passes(points: Array) -> NDArray[np.bool_]:
-            with np.errstate(divide="ignore"):
-                sums = np.log(points[:, None] - roots).sum(axis=1)
-            return np.asarray(sums > wanted)
-
-        return first_beyond(float(roots.max()), float(np.abs(roots).max()), passes)
+        return first_beyond(
+            float(roots.max()),
+            float(np.abs(roots).max()),
+            lambda point: self.excludes_beyond(point, inverse_mass),
+        )
 
     def excludes_beyond(self, point: float, inverse_mass: float) -> bool:
         """Whether ``right_end`` is at most ``point``, without searching for it."""
