@@ -48,7 +48,9 @@ bench-quick: $(VENV)/.installed-bench peers  ## The same on small problems (5 mi
 peers: $(PEERS)/.installed  ## Install other tools for Hessians into .venv-peers
 
 test: $(VENV)/.installed-test  ## Install and run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+# One thread for each of the two processes and of what they start. Files in their order, not by
+# the number of their tests: files of few, long tests would run alone at the end.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-lint  ## Check style, format and types
 	$(BIN)/ruff check .
