@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 
 from experiments import registry, shortcut_training
+from experiments.__main__ import main
 from experiments.models.shortcut_kinds import (
     ONE,
     ORTHOGONAL,
@@ -365,17 +366,22 @@ SMALLEST = dataclasses.replace(
 )
 
 
-def test_a_run_that_is_killed_twice_ends_with_the_same_files(tmp_path):
+def test_a_run_that_is_killed_twice_ends_with_the_same_files(tmp_path, monkeypatch):
     code = RUN.format(tests=str(ROOT / "tests"))
 
-    def command(folder):
-        return [sys.executable, "-c", code, str(tmp_path / folder)]
+    # Only what is killed needs a process of its own.
+    monkeypatch.setitem(shortcut_training.PRESETS, "quick", SMALLEST)
+    monkeypatch.setattr("experiments.shortcut_training.figures.draw", lambda *_: None)
 
-    subprocess.run(command("whole"), cwd=ROOT, check=True)
+    def run(folder):
+        options = ["--device", "cpu", "--out", str(tmp_path / folder), "--quiet"]
+        return main(["shortcut_training", *options])
+
+    assert run("whole") == 0
     killed = tmp_path / "killed"
     store, total = killed / "cells.jsonl", len(shortcut_training.cells(SMALLEST, 2))
     for share in (0.3, 0.7):
-        process = subprocess.Popen(command("killed"), cwd=ROOT)
+        process = subprocess.Popen([sys.executable, "-c", code, str(killed)], cwd=ROOT)
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and process.poll() is None:
             if store.exists() and store.read_bytes().count(b"\n") > share * total:
@@ -384,6 +390,6 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_files(tmp_path):
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert not (killed / "verdicts.json").exists()
-    subprocess.run(command("killed"), cwd=ROOT, check=True)
+    assert run("killed") == 0
     for name in ("best.csv", "learning_rates.csv", "curves.csv", "spectra.csv", "verdicts.json"):
         assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
