@@ -134,7 +134,9 @@ def test_a_run_that_is_stopped_and_continued_ends_alike(decided, options, tmp_pa
         patch.setattr(Laboratory, "measure", stopping)
         with pytest.raises(RunInterrupted):
             procrustes_resnet.run(again)
-    registry.run(procrustes_resnet, again)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.procrustes_resnet.figures.draw", lambda *_: None)
+        registry.run(procrustes_resnet, again)
     for name in ("layers", "ratios", "trainings", "evaluations"):
         first, second = (
             (folder / f"{name}.csv").read_bytes() for folder in (options.out, tmp_path)

@@ -324,6 +324,7 @@ def test_a_single_seed_decides_nothing_that_needs_a_spread(tmp_path, monkeypatch
         TINY, depths=(6, 12, 24), path_depths=(6,), relu_depths=(6, 12), num_steps=10, path_steps=80
     )
     monkeypatch.setitem(shortcut_training.PRESETS, "quick", small)
+    monkeypatch.setattr("experiments.shortcut_training.figures.draw", lambda *_: None)
     options = registry.options_for(
         shortcut_training, device="cpu", out=tmp_path, seeds=1, progress=False
     )
@@ -340,12 +341,14 @@ def test_other_data_of_another_width_are_taken(tmp_path, monkeypatch):
     small = dataclasses.replace(TINY, num_steps=20, path_depths=(6,), start_depths=(2, 4))
     monkeypatch.setitem(shortcut_training.PRESETS, "quick", small)
     options = registry.options_for(
-        shortcut_training, data_name=str(tmp_path / "small.npz"), device="cpu",
+        shortcut_training, data_name=str(tmp_path / "small.npz"), device="cpu", seeds=1,
         out=tmp_path / "out", progress=False,
     )  # fmt: skip
     found = {v.claim.id: v for v in registry.run(shortcut_training, options)}
     assert found["check.descent"].value == "holds"
     assert found["start.flat"].value == "holds"
+    # The figures of a single seed are drawn as well.
+    assert (tmp_path / "out" / "final_loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
 RUN = """
