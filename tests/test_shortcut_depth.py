@@ -110,7 +110,7 @@ def test_other_data_of_another_width_are_taken(tmp_path):
         summary="tiny",
         seeds=1,
         two=(2, 4),
-        one=(1, 2, 4, 8, 16),
+        one=(1, 2, 4),
         initialisation=(2, 16),
         smooth=(1,),
     )
