@@ -118,3 +118,18 @@ def test_exclusion_does_not_step_over_a_converged_ritz_value():
 def test_nothing_is_excluded_on_an_empty_interval():
     jacobi = JacobiMatrix(np.array([1.0]), np.array([]), 0.5)
     assert jacobi.excluded_until(1.0, 0.5, 10.0) == 1.0
+
+
+@pytest.mark.parametrize("steps", [1, 7, 30, 60])
+def test_one_point_in_floats_is_one_of_an_array(steps):
+    values = np.sort(np.random.default_rng(0).uniform(-3, 5, 60))
+    jacobi, _ = measured(values, steps)
+    for matrix in (jacobi, jacobi.mirrored()):
+        points = matrix.ritz_values[-1] + matrix.scale * np.geomspace(1e-12, 1e3, 60)
+        sums, _ = matrix.inverse_mass(points)
+        for point, size in zip(points, sums, strict=True):
+            assert matrix.excludes_beyond(float(point), size * (1 - 1e-12))
+            if size < 1e190:  # beyond, the array is scaled down to stay finite
+                assert not matrix.excludes_beyond(float(point), size * (1 + 1e-12))
+        end = matrix.right_end(1e6)
+        assert matrix.inverse_mass(np.array([end]))[0][0] >= 1e6 * (1 - 1e-12)
