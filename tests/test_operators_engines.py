@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import Snapshot, dense_gauss_newton, dense_hessian, regression, small_mlp
+from conftest import PROBLEMS, Snapshot, dense_gauss_newton, dense_hessian, regression, small_mlp
 from torch import Tensor, nn
 
 from conditioning.errors import InvalidArgumentError
@@ -346,6 +346,23 @@ def test_what_is_built_is_timed_once_and_kept_only_if_it_is_faster(fast, mlp_pro
     else:
         assert (shown.name, shown.gradients) == ("retained", 2.0)
         assert "0.95 of the time" in shown.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "in_one_piece"),
+    [("mlp", True), ("frozen", True), ("mixed_dtypes", False), ("unused", False)],
+)
+def test_a_small_gradient_is_kept_in_one_piece(name, in_one_piece, monkeypatch):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is mixed, or unused
+        operator = build(PROBLEMS[name](), engine="retained")
+    vector = torch.randn(operator.shape[0], dtype=operator.dtype)
+    together = operator @ vector
+    ((graph, _),) = operator._fresh_graphs()
+    assert (graph._flat is not None) == in_one_piece
+    monkeypatch.setattr(graph, "_flat", None)
+    torch.testing.assert_close(operator @ vector, together, rtol=1e-13, atol=1e-15)
 
 
 def test_it_is_not_built_for_graphs_that_change_too_often(mlp_problem, monkeypatch):
