@@ -66,7 +66,7 @@ class Preset:
     tolerances: tuple[float, ...] = (1e-3, 1e-6)
 
 
-FULL = Preset(quick=False, rounds=7, block_rounds=3, starts=3, limit=12)
+FULL = Preset(quick=False, rounds=7, block_rounds=5, starts=3, limit=24)
 QUICK = Preset(quick=True, rounds=5, block_rounds=3, starts=1, limit=4)
 #: What the quick preset compares; the processes of all engines alone take minutes to begin.
 QUICK_TOOLS = [tool for tool in KINDS if tool == "auto" or KINDS[tool].peer]
