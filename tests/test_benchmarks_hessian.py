@@ -375,6 +375,8 @@ def report():
     stopped = {"starts": 0, "fails": "stopped after 40 s (99 products)"}
     tools = {
         "auto": tool(1.94, 0.852, **{"": {"0.001": cell(61, 0.2044, 5e-7, 3)}}),
+        "linearized": tool(1.5, 0.3),
+        "compiled": tool(1.02, 0.2),
         "pyhessian": tool(1.7, None, **{"": {"0.001": stopped}}),
         "curvlinops": {"fails": {"1": "NotImplementedError: no forward AD"}, "top": {}},
         "eigenthings": tool(
@@ -400,6 +402,7 @@ def test_the_table_says_what_was_measured(report):
     ]
     assert cells[6:] == [
         "LSTM", "gradients for a product", "1.94 (0.852)", "1.7", "fails", "2.8",
+        "", "once an engine is built", "compiled: 1.02 (0.2)", "", "", "",
         "", "five largest, tolerance 0.001", "61, 0.204 s, 5e-07",
         "stopped after 40 s (99 products)", "fails", "60, 1.5 s, 0.53\\*",
     ]  # fmt: skip
@@ -459,7 +462,7 @@ def test_the_table_is_restructured_text_without_a_complaint(report):
     html = docutils.publish_string(
         hessian_tables.rst(report), writer="html", settings_overrides=settings
     ).decode()
-    assert html.count("<tr") == 3
+    assert html.count("<tr") == 4
     assert "0.53*" in html
 
 
