@@ -12,9 +12,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Small problems: a second thread costs more than it gives.
 torch.set_num_threads(1)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for a device: numbers that are read from tensors."""
+
+    READS = "_local_scalar_dense", "is_nonzero", "nonzero", "equal"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in self.READS
+        return func(*args, **(kwargs or {}))
 
 
 class Apply(nn.Module):

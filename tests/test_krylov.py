@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import HostReads
 from planted import diagonal, planted
 
 from conditioning.errors import InvalidArgumentError, NonFiniteError, ShapeError
@@ -40,6 +41,21 @@ def test_the_lanczos_relation_holds_and_the_basis_is_orthonormal(name, num_steps
     assert (basis.T @ basis - identity).abs().max() < 1e-13
     assert (basis.T @ residual).abs().max() < 1e-13 * scale
     assert torch.allclose(basis[:, 0], start / start.norm(), atol=1e-14)
+
+
+def test_steps_on_a_device_are_read_ten_at_a_time(monkeypatch):
+    """Counted here on the host, in the way that a device's steps take."""
+    read = torch.Tensor.tolist
+    reads = []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: (reads.append(1), read(t))[1])
+    matrix = planted(np.linspace(1, 2, 90))
+    run = LanczosRun(MatrixOperator(matrix), random_start(90, 0, "cpu"))
+    run._check_every = 10
+    run.extend(5)
+    reads.clear()
+    with HostReads() as others:
+        run.extend(40)
+    assert (len(reads), others.count) == (4, 0)
 
 
 @pytest.mark.parametrize("distinct", [1, 2, 7, 20])

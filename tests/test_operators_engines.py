@@ -7,7 +7,15 @@ import warnings
 
 import pytest
 import torch
-from conftest import PROBLEMS, Snapshot, dense_gauss_newton, dense_hessian, regression, small_mlp
+from conftest import (
+    PROBLEMS,
+    HostReads,
+    Snapshot,
+    dense_gauss_newton,
+    dense_hessian,
+    regression,
+    small_mlp,
+)
 from torch import Tensor, nn
 
 from conditioning.errors import InvalidArgumentError
@@ -33,6 +41,16 @@ def truth_and_columns(operator):
     """The matrix from products with single vectors."""
     eye = torch.eye(operator.shape[0], dtype=operator.dtype)
     return torch.stack([operator @ column for column in eye], dim=1)
+
+
+@pytest.mark.parametrize("engine", ["retained", "linearized"])
+def test_products_read_nothing_back(engine, problem):
+    operator = build(problem, engine=engine)
+    vectors = torch.randn(operator.shape[0], 5, dtype=operator.dtype)
+    operator @ vectors, operator @ vectors[:, 0]  # builds what is built once
+    with HostReads() as reads:
+        operator @ vectors, operator @ vectors[:, 0]
+    assert reads.count == 0
 
 
 # What is right.
