@@ -238,17 +238,19 @@ class Multiplier:
     def _batched(
         self, graph: Graph, domain: FlatLayout, codomain: FlatLayout, block: Tensor
     ) -> Tensor | None:
-        results = []
+        result = _empty(block, codomain)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # vmap tells where it loops inside
-                for chunk in block.split(self.chunk):
+                for chunk, rows in zip(
+                    block.split(self.chunk), result.split(self.chunk), strict=True
+                ):
                     parts = graph.apply(domain.split(chunk), batched=True)
-                    results.append(codomain.join(parts, (len(chunk),)))
+                    codomain.join(parts, (len(chunk),), rows)
         except (RuntimeError, NotImplementedError):
             # No batching rule, or not enough memory; a real fault shows up in the loop as well.
             return None
-        return torch.cat(results)
+        return result
 
     def _calibrate(
         self, graph: Graph, domain: FlatLayout, codomain: FlatLayout, block: Tensor
@@ -451,13 +453,20 @@ class _Job:
 
 def _loop(graph: Graph, domain: FlatLayout, codomain: FlatLayout, block: Tensor) -> Tensor:
     flat = getattr(graph, "apply_flat", None)  # of those that save the cutting
-
-    def multiply(row: Tensor) -> Tensor:
+    result = _empty(block, codomain)
+    for row, out in zip(block, result, strict=True):
         if flat is not None:
-            return codomain.join(flat(row, domain))
-        return codomain.join(graph.apply(domain.split(row), batched=False))
+            parts = flat(row, domain)
+        else:
+            parts = graph.apply(domain.split(row), batched=False)
+        codomain.join(parts, out=out)
+    return result
 
-    return one_by_one(multiply)(block)
+
+def _empty(block: Tensor, codomain: FlatLayout) -> Tensor:
+    # Filled in place: a vector of millions of entries is not copied twice.
+    shape = (len(block), codomain.numel)
+    return torch.empty(shape, dtype=codomain.dtype, device=codomain.device)
 
 
 def _distance(rows: Tensor, expected: Tensor) -> float:

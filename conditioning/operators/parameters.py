@@ -77,7 +77,12 @@ class FlatLayout:
             return parts
         return [part.to(dtype) for part, dtype in zip(parts, self.dtypes, strict=True)]
 
-    def join(self, parts: Sequence[Tensor | None], lead: tuple[int, ...] = ()) -> Tensor:
+    def join(
+        self,
+        parts: Sequence[Tensor | None],
+        lead: tuple[int, ...] = (),
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Tensors ``(*lead, *shape)`` into one ``(*lead, n)``; ``None`` stands for zeros."""
         flat = []
         for name, part, size in zip(self.names, parts, self.sizes, strict=True):
@@ -93,7 +98,9 @@ class FlatLayout:
             if part.requires_grad:
                 part = part.detach()
             flat.append(self._cast(part.reshape(*lead, size)))
-        return flat[0].clone() if len(flat) == 1 else torch.cat(flat, dim=-1)
+        if len(flat) == 1:
+            return flat[0].clone() if out is None else out.copy_(flat[0])
+        return torch.cat(flat, dim=-1, out=out)
 
     def _cast(self, part: Tensor) -> Tensor:
         # A call that changes nothing costs microseconds, which add up over small parameters.
