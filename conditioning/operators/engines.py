@@ -45,10 +45,10 @@ _WIDEST_TRACE = 64
 
 # Seconds to build an engine: a constant, a part per node of the gradient's graph, and some
 # multiplications to trace, check and time it. Measured on one core of a 2-core x86-64 machine
-# (torch 2.13), in seconds: tracing 41 nodes 0.05, 350 nodes 0.5, 1307 nodes 2, 244 nodes with
-# convolutions 1, and blocks as much again; compiling (imports and gcc) 10 to 35 for 41 nodes, 24 to
-# 53 for 574 and 100 for 1307.
-_SECONDS = {"linearized": (0.03, 0.002), "compiled": (15.0, 0.04)}
+# (torch 2.13), in seconds: tracing 41 nodes 0.03, 350 nodes 0.5, 1307 nodes 2.2, and 244 nodes with
+# convolutions 1; compiling, with imports and gcc, 9, 12 and 101 for the first three; blocks 2 to 5
+# times as much to trace, and up to twice as much to compile.
+_SECONDS = {"linearized": (0.03, 0.002), "compiled": (8.0, 0.05)}
 _TRIALS = 8
 # What is not faster by this share is not worth its memory.
 _GAIN = 0.1
