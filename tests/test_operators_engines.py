@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from conditioning.errors import InvalidArgumentError
 from conditioning.operators import GaussNewtonOperator, HessianOperator, engines, timing, traced
 
+MSE = nn.MSELoss()
 KINDS = [(HessianOperator, dense_hessian), (GaussNewtonOperator, dense_gauss_newton)]
 
 
@@ -381,6 +382,37 @@ def test_a_small_gradient_is_kept_in_one_piece(name, in_one_piece, monkeypatch):
     assert (graph._flat is not None) == in_one_piece
     monkeypatch.setattr(graph, "_flat", None)
     torch.testing.assert_close(operator @ vector, together, rtol=1e-13, atol=1e-15)
+
+
+def test_a_block_is_traced_without_holding_what_is_done_with(monkeypatch):
+    """It takes as much memory as a product, not that of all intermediate results at once."""
+    peaks, counts = [], []
+
+    class Watched(traced._Recorder):
+        def __torch_dispatch__(self, *arguments):
+            result = super().__torch_dispatch__(*arguments)
+            peaks[-1] = max(peaks[-1], len(self._alive))
+            return result
+
+        def module(self, outputs):
+            found = super().module(outputs)
+            counts.append(len(found.graph.nodes))
+            return found
+
+    def watched(*arguments, **options):
+        peaks.append(0)
+        return Watched(*arguments, **options)
+
+    monkeypatch.setattr(traced, "_Recorder", watched)
+    layers = [layer for _ in range(12) for layer in (nn.Linear(4, 4), nn.Tanh())]
+    batch = torch.randn(5, 4), torch.randn(5, 4)
+    operator = HessianOperator(nn.Sequential(*layers), MSE, batch, engine="linearized")
+    operator @ torch.randn(operator.shape[0], 6)
+    assert operator.engine.blocks == "linearized batched"
+    (*_, block), (*_, nodes) = peaks, counts
+    held = len(operator._engine._ledgers[operator._kept[0][0]].program.constants)
+    ends = 2 * len(operator.parameter_names)  # parts of the block, and of the result
+    assert block < held + ends + 12 < nodes / 2
 
 
 def test_it_is_not_built_for_graphs_that_change_too_often(mlp_problem, monkeypatch):

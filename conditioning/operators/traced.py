@@ -8,6 +8,7 @@ depend on the vector are carried out once and become constants.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -76,7 +77,7 @@ class LinearProgram:
         def run(*arguments: Tensor) -> list[Tensor]:
             return _batched(self.graph, arguments, flags, len(block))
 
-        traced = _recorded(run, [*self.constants, block])
+        traced = _recorded(run, [*self.constants, block], hold=False)
         return LinearProgram(*_folded(traced, self.constants, budget))
 
     def signature(self) -> tuple[Any, ...]:
@@ -173,13 +174,15 @@ class _Recorder(TorchDispatchMode):
         # Nothing is compiled here; and importing the compiler to say so takes half a second.
         return False
 
-    def __init__(self, arguments: Sequence[Tensor]) -> None:
+    def __init__(self, arguments: Sequence[Tensor], *, hold: bool = True) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self._root = torch.nn.Module()
         self._nodes: dict[int, fx.Node] = {}
-        # Tensors are told apart by id; and what nothing else holds, autograd adds to in place.
-        self._alive: list[Tensor] = []
+        # Tensors are told apart by id, as long as they live. They are held where autograd is at
+        # work: what nothing else holds, it adds to in place.
+        self._hold = hold
+        self._alive: dict[int, Any] = {}
         for index, tensor in enumerate(arguments):
             self._is(tensor, self.graph.placeholder(f"argument_{index}"))
         self._moving = set(self._nodes.values())
@@ -208,15 +211,23 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _is(self, tensor: Tensor, node: fx.Node) -> None:
-        self._alive.append(tensor)
-        self._nodes[id(tensor)] = node
+        key = id(tensor)
+        self._alive[key] = tensor if self._hold else weakref.ref(tensor, self._forget(key))
+        self._nodes[key] = node
         node.meta["shape"] = tuple(tensor.shape), tensor.dtype
+
+    def _forget(self, key: int) -> Callable[[Any], None]:
+        def forget(gone: Any) -> None:
+            if self._alive.get(key) is gone:  # else another tensor has the place already
+                del self._alive[key], self._nodes[key]
+
+        return forget
 
     def _node_of(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self._nodes:
-            name = f"held_{len(self._nodes)}"
+            name = f"held_{len(self._root._buffers)}"
             self._root.register_buffer(name, value.detach())
             self._is(value, self.graph.get_attr(name))
         return self._nodes[id(value)]
@@ -228,11 +239,11 @@ class _Recorder(TorchDispatchMode):
 
 
 def _recorded(
-    function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]
+    function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor], *, hold: bool = True
 ) -> fx.GraphModule:
     """The operations that a function carries out, tensors that it holds as attributes."""
     with torch.no_grad():
-        recorder = _Recorder(arguments)
+        recorder = _Recorder(arguments, hold=hold)
         with recorder:
             outputs = function(*arguments)
         return recorder.module(outputs)
@@ -314,6 +325,7 @@ def _batched(
     values: dict[fx.Node, Any] = {}
     along: set[fx.Node] = set()
     given = zip(arguments, flags, strict=True)
+    last = {source: node for node in graph.nodes for source in node.all_input_nodes}
     for node in graph.nodes:
         if node.op == "placeholder":
             values[node], flag = next(given)
@@ -330,6 +342,9 @@ def _batched(
                 values[node] = _batched_node(node, moving, values, width)
             else:
                 values[node] = _at(node, values)
+            for source in node.all_input_nodes:
+                if last[source] is node:
+                    del values[source]
     raise AssertionError
 
 
