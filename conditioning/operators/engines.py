@@ -364,8 +364,8 @@ class _Job:
         )
         expected = first if was is None else self._retained(head)
         agreeing = [
-            (time, way)
-            for time, way, rows in zip(seconds, built, found, strict=True)
+            (cost, way)
+            for cost, way, rows in zip(seconds, built, found, strict=True)
             if self._agrees(way, rows, expected)
         ]
         if not agreeing:
