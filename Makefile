@@ -38,7 +38,7 @@ bench: $(VENV)/.installed-bench  ## Install other tools too, and measure what tr
 	$(BIN)/python -m benchmarks.cost
 
 # Other tools for Hessians live apart: what they bring along must not change what is measured here.
-bench-hessian: $(VENV)/.installed-bench peers  ## Measure Hessian products beside other tools (25 min)
+bench-hessian: $(VENV)/.installed-bench peers  ## Measure Hessian products beside other tools (40 min)
 	$(BIN)/python -m benchmarks.hessian $(ARGS)
 	$(BIN)/python -m benchmarks.hessian_tables
 
