@@ -33,37 +33,25 @@ class Stretch:
         Of the whole parameter.
     begin, end : int
         The entries of this rank, counted in the flat parameter.
+    length : int
+        Entries of each rank, the last ones filled up.
     """
 
     def __init__(self, group: Group, tensor: Tensor) -> None:
-        self._group = group
         self.shape = tuple(tensor.shape)
         self.numel = tensor.numel()
         placements = getattr(tensor, "placements", ())
         local = local_tensor(tensor).detach()
         if placements and placements[0].is_shard():
             rows = -(-self.shape[0] // group.size)
-            self._length = rows * (self.numel // max(self.shape[0], 1))
+            self.length = rows * (self.numel // max(self.shape[0], 1))
         else:
-            self._length = -(-self.numel // group.size)
-        self.begin = min(group.rank * self._length, self.numel)
-        self.end = min(self.begin + self._length, self.numel)
+            self.length = -(-self.numel // group.size)
+        self.begin = min(group.rank * self.length, self.numel)
+        self.end = min(self.begin + self.length, self.numel)
         if not (placements and placements[0].is_shard()):
             local = local.reshape(-1)[self.begin : self.end]
         self.leaf = local.requires_grad_() if tensor.requires_grad else local
-
-    def gather_rows(self, local: Tensor) -> Tensor:
-        """Put the stretches of all ranks together: ``(m, ...)`` to ``(numel, ...)``."""
-        tail = local.shape[1:]
-        whole = self._group.all_gather(_padded(local, self._length).view(-1))
-        return whole.view(-1, *tail)[: self.numel]
-
-    def scatter_rows(self, whole: Tensor) -> Tensor:
-        """Add up over the ranks, and take this rank's stretch: ``(numel, ...)`` to ``(m, ...)``."""
-        tail = whole.shape[1:]
-        padded = _padded(whole, self._length * self._group.size)
-        local = self._group.reduce_scatter(padded.view(-1))
-        return local.view(-1, *tail)[: self.end - self.begin]
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:
@@ -73,13 +61,17 @@ def _padded(rows: Tensor, length: int) -> Tensor:
     return rows.contiguous()
 
 
+def _joined(rows: list[Tensor], dim: int = 0) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim)  # a large one is not copied
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
 class Bundle:
-    """Several parameters of one dtype that take one collective together.
+    """Parameters of one dtype that take one collective together; one alone as well.
 
     Parameters
     ----------
@@ -90,74 +82,56 @@ class Bundle:
     def __init__(self, group: Group, stretches: Sequence[Stretch]) -> None:
         self._group = group
         self.stretches = stretches
-        self._lengths = [s._length for s in stretches]
+        self._lengths = [s.length for s in stretches]
 
     def gather(self) -> Sequence[Tensor]:
         """The whole tensors, as something to differentiate."""
-        return cast("Sequence[Tensor]", _Gather.apply(self, *(s.leaf for s in self.stretches)))
+        leaves = [s.leaf for s in self.stretches]
+        return cast("Sequence[Tensor]", _Exchange.apply(self, False, *leaves))
 
     def gather_rows(self, local: Sequence[Tensor]) -> list[Tensor]:
-        """As of a stretch, of all of them."""
+        """Put the stretches of all ranks together: each ``(m, ...)`` to ``(numel, ...)``."""
         tail = local[0].shape[1:]
         rows = [_padded(part, n) for part, n in zip(local, self._lengths, strict=True)]
-        whole = self._group.all_gather(torch.cat(rows).view(-1))
+        whole = self._group.all_gather(_joined(rows).view(-1))
         parts = whole.view(self._group.size, -1, *tail).split(self._lengths, dim=1)
         pairs = zip(parts, self.stretches, strict=True)
         return [part.reshape(-1, *tail)[: s.numel] for part, s in pairs]
 
     def scatter_rows(self, whole: Sequence[Tensor]) -> list[Tensor]:
-        """As of a stretch, of all of them."""
+        """Add up over the ranks, and take this rank's stretches: the way back."""
         size, tail = self._group.size, whole[0].shape[1:]
         rows = [
             _padded(part, n * size).view(size, n, *tail)
             for part, n in zip(whole, self._lengths, strict=True)
         ]
-        local = self._group.reduce_scatter(torch.cat(rows, dim=1).view(-1))
+        local = self._group.reduce_scatter(_joined(rows, dim=1).view(-1))
         parts = local.view(-1, *tail).split(self._lengths)
         pairs = zip(parts, self.stretches, strict=True)
         return [part[: s.end - s.begin] for part, s in pairs]
 
 
-class _Gather(torch.autograd.Function):
-    """From the entries of each rank to the whole tensors."""
+class _Exchange(torch.autograd.Function):
+    """From the entries of each rank to whole tensors, or from those to its entries of their sums.
+
+    What has no gradient gets none, so that it is seen where a parameter is not used.
+    """
 
     @staticmethod
-    def forward(ctx: Any, bundle: Bundle, *local: Tensor | None) -> Any:
+    def forward(ctx: Any, bundle: Bundle, scatter: bool, *given: Tensor | None) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.bundle = bundle
-        shapes = (
-            [tuple(s.leaf.shape) for s in bundle.stretches],
-            [s.shape for s in bundle.stretches],
-        )
-        return _batched(local, bundle.gather_rows, *shapes)
+        ctx.bundle, ctx.scatter = bundle, scatter
+        local = [tuple(s.leaf.shape) for s in bundle.stretches]
+        whole = [s.shape for s in bundle.stretches]
+        if scatter:
+            return _batched(given, bundle.scatter_rows, whole, local)
+        return _batched(given, bundle.gather_rows, local, whole)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        return None, *_derivative(_Scatter, ctx.bundle, gradients)
-
-
-class _Scatter(torch.autograd.Function):
-    """Sums over the ranks, and of the sums this rank's entries."""
-
-    @staticmethod
-    def forward(ctx: Any, bundle: Bundle, *whole: Tensor | None) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.bundle = bundle
-        shapes = (
-            [s.shape for s in bundle.stretches],
-            [tuple(s.leaf.shape) for s in bundle.stretches],
-        )
-        return _batched(whole, bundle.scatter_rows, *shapes)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        return None, *_derivative(_Gather, ctx.bundle, gradients)
-
-
-def _derivative(function: Any, bundle: Bundle, gradients: Sequence[Tensor | None]) -> Any:
-    """What has no gradient here gets none, so that it is seen where a parameter is not used."""
-    found = function.apply(bundle, *gradients)
-    return [None if g is None else part for g, part in zip(gradients, found, strict=True)]
+        found = _Exchange.apply(ctx.bundle, not ctx.scatter, *gradients)
+        pairs = zip(gradients, found, strict=True)
+        return None, None, *(None if g is None else part for g, part in pairs)
 
 
 def _batched(

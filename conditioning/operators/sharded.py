@@ -114,21 +114,29 @@ class Shards:
         self._held: dict[int, Tensor] = {}
         self._known: dict[int, tuple[StorageWeakRef, Stretch]] = {}
 
-    def _bundled(self, keys: Sequence[int]) -> dict[int, tuple[Sequence[int], Bundle]]:
-        """Which parameters are gathered together, the smallest first, by each one's identity."""
-        found: dict[int, tuple[Sequence[int], Bundle]] = {}
+    def _bundled(self, selected: Sequence[int]) -> dict[int, tuple[Sequence[int], Bundle]]:
+        """Which parameters are gathered together, by each one's identity.
+
+        Of those that are differentiated by the smallest ones; every other one by itself.
+        """
+        sizes = {key: stretch.numel for key, (_, stretch) in self._stretches.items()}
+        groups: list[list[int]] = []
         for dtype in dict.fromkeys(leaf.dtype for leaf in self.leaves):
-            alike = [k for k in keys if self._stretches[k][1].leaf.dtype == dtype]
             small, room = [], _TOGETHER
-            for key in sorted(alike, key=lambda k: self._stretches[k][1].numel):
-                numel = self._stretches[key][1].numel
-                room -= numel
-                if room >= 0 and numel <= _SMALL:
-                    small.append(key)
-            for together in [small, *([k] for k in alike if k not in small)]:
-                bundle = Bundle(self.group, [self._stretches[k][1] for k in together])
-                found |= dict.fromkeys(together, (together, bundle))
-        return found
+            for key in sorted(selected, key=sizes.__getitem__):
+                if self._stretches[key][1].leaf.dtype == dtype:
+                    room -= sizes[key]
+                    if room >= 0 and sizes[key] <= _SMALL:
+                        small.append(key)
+            groups.append(small)
+        together = {key for small in groups for key in small}
+        groups += [[key] for key in self._stretches if key not in together]
+        return {
+            key: (keys, bundle)
+            for keys in groups
+            for bundle in [Bundle(self.group, [self._stretches[k][1] for k in keys])]
+            for key in keys
+        }
 
     # -- vectors ----------------------------------------------------------------------------
 
@@ -140,9 +148,7 @@ class Shards:
     def whole(self, part: Tensor) -> Tensor:
         """Inverse of :meth:`local_part`, on every rank."""
         pieces = part.split([s.end - s.begin for s in self._selected])
-        return torch.cat(
-            [s.gather_rows(piece) for piece, s in zip(pieces, self._selected, strict=True)]
-        )
+        return torch.cat(Bundle(self.group, self._selected).gather_rows(pieces))
 
     def sum(self, partial: Tensor) -> Tensor:
         """Add up what the ranks found on their entries."""
@@ -203,8 +209,7 @@ class Shards:
         if id(parameter) in self._held:
             return self._held[id(parameter)]
         _, stretch = self._stretches[id(parameter)]
-        together, bundle = self._bundles.get(id(parameter)) or ([id(parameter)], None)
-        bundle = bundle or Bundle(self.group, [stretch])  # one that is not differentiated by
+        together, bundle = self._bundles[id(parameter)]
         found = bundle.gather()
         if len(together) > 1:
             self._held |= dict(zip(together, found, strict=True))
@@ -233,7 +238,8 @@ class Shards:
 
     def _cook(self, recipe: _Recipe) -> Tensor:
         with torch.no_grad():
-            whole = recipe.stretch.gather_rows(recipe.stretch.leaf.detach().reshape(-1))
+            bundle = Bundle(self.group, [recipe.stretch])
+            (whole,) = bundle.gather_rows([recipe.stretch.leaf.detach().reshape(-1)])
             self._note(whole, recipe.stretch)
             return whole.as_strided(recipe.size, recipe.stride, recipe.offset)
 
