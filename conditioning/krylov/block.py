@@ -35,6 +35,7 @@ from torch import Tensor
 
 from conditioning.errors import InvalidArgumentError, ShapeError
 from conditioning.jacobi import Array
+from conditioning.krylov.methods import check_steps
 from conditioning.krylov.run import refuse_products
 from conditioning.krylov.vectors import Basis, inner, norm, orthonormal
 from conditioning.operators.base import LinearOperator, as_operator
@@ -145,13 +146,14 @@ class BlockRun:
         if basis_dtype not in (torch.float32, torch.float64):
             msg = f"basis_dtype must be torch.float32 or torch.float64, got {basis_dtype}."
             raise InvalidArgumentError(msg)
-        if not bool(torch.isfinite(norm(operator, start.to(torch.float64))).all()):
+        block = start.detach().to(operator.device, torch.float64)
+        largest = float(norm(operator, block).max())
+        if not math.isfinite(largest):
             raise InvalidArgumentError("The start block of a Krylov method must be finite.")
+        if not largest:
+            raise InvalidArgumentError("The start block of a Krylov method must not be zero.")
         self.operator = operator
         self._basis = Basis(operator, operator.local_size, size, basis_dtype)
-        block = start.detach().to(operator.device, torch.float64)
-        if not float(norm(operator, block).max()):
-            raise InvalidArgumentError("The start block of a Krylov method must not be zero.")
         q, r = orthonormal(operator, block)
         turn, sizes, _ = np.linalg.svd(r.cpu().numpy())
         kept = sizes > 1e-12 * sizes[0]
@@ -203,9 +205,9 @@ class BlockRun:
             basis.subtract_(rest, coefficients)
             total[done + width - count :] += coefficients
         inside = total.cpu().numpy()
-        size = float(np.abs(inside).max())
-        refuse_products(max(size, float(norm(self.operator, rest).max()), state.scale), 0.0)
-        if float(norm(self.operator, rest).max()):
+        size, left = float(np.abs(inside).max()), float(norm(self.operator, rest).max())
+        refuse_products(max(size, left, state.scale), 0.0)
+        if left:
             q, r = orthonormal(self.operator, rest)
         else:
             q, r = rest, torch.zeros(width, width, dtype=torch.float64)
@@ -403,9 +405,7 @@ def block_lanczos(
     ----------
     G. H. Golub, R. Underwood, in Mathematical Software III, 1977, 361-377.
     """
-    if num_steps < 1:
-        msg = f"num_steps must be at least 1, got {num_steps}."
-        raise InvalidArgumentError(msg)
+    check_steps(num_steps)
     if callable(matmat) and not isinstance(matmat, LinearOperator):
         matmat = _BlockFunction(matmat, start)
     run = BlockRun(as_operator(matmat), start)

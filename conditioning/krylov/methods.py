@@ -57,7 +57,8 @@ class PowerIteration(NamedTuple):
     converged: bool
 
 
-def _check_steps(num_steps: int) -> None:
+def check_steps(num_steps: int) -> None:
+    """Refuse a number of steps below one."""
     if num_steps < 1:
         msg = f"num_steps must be at least 1, got {num_steps}."
         raise InvalidArgumentError(msg)
@@ -96,7 +97,7 @@ def lanczos(
     C. Lanczos, J. Res. Nat. Bur. Standards 45 (1950) 255-282. Y. Saad, Numerical Methods for
     Large Eigenvalue Problems, 2nd ed., 2011, section 6.6.
     """
-    _check_steps(num_steps)
+    check_steps(num_steps)
     run = LanczosRun(_operator_of(matvec, start), start)
     run.extend(num_steps)
     tridiagonal = torch.from_numpy(run.jacobi.dense())
@@ -129,7 +130,7 @@ def power_iteration(
     -------
     PowerIteration
     """
-    _check_steps(num_steps)
+    check_steps(num_steps)
     if not 0 < rtol < 1:
         msg = f"rtol must lie between 0 and 1, got {rtol}."
         raise InvalidArgumentError(msg)

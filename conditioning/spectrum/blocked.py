@@ -10,11 +10,10 @@ from torch import Tensor
 
 from conditioning.jacobi import Array
 from conditioning.krylov import BlockRun, start_for
-from conditioning.memory import available_bytes
 from conditioning.operators.base import LinearOperator
 from conditioning.spectrum.pairs import KEYS
 from conditioning.spectrum.results import Estimate
-from conditioning.spectrum.search import SLACK
+from conditioning.spectrum.search import SLACK, vectors_that_fit
 
 
 @dataclass
@@ -39,10 +38,8 @@ class BlockSearch:
         ``"open"``: the block closed, or its memory or the products ended, before that.
         """
         operator = self.operator
-        if budget is None:
-            budget = available_bytes(operator.device) // 2
         # The block and its product are float64 vectors beside the basis, twice.
-        room = operator.least(budget // (8 * max(operator.local_size, 1))) - 4 * width
+        room = vectors_that_fit(operator, budget) - 4 * width
         single = operator.dtype.itemsize <= 4 and room < products
         self._run = run = BlockRun(
             operator,

@@ -27,6 +27,13 @@ _CLOSED = 1e-2
 _AMPLE = 200  # vectors beside the wanted ones: a basis of so many is not worth halving
 
 
+def vectors_that_fit(operator: LinearOperator, budget: int | None) -> int:
+    """How many float64 vectors fit so many bytes: by default half of what is free."""
+    if budget is None:
+        budget = available_bytes(operator.device) // 2
+    return operator.least(budget // (8 * max(operator.local_size, 1)))
+
+
 @dataclass
 class Search:
     """Lanczos runs on what is left of the space, until nothing wanted is left."""
@@ -51,11 +58,8 @@ class Search:
     def plan_memory(self, budget: int | None) -> None:
         """How many vectors a basis may hold, and in what dtype."""
         operator = self.operator
-        if budget is None:
-            budget = available_bytes(operator.device) // 2
-        vector = 8 * max(operator.local_size, 1)
         # The locked pairs and the work space of a step are float64 vectors too.
-        room = operator.least(budget // vector) - self.k - 4
+        room = vectors_that_fit(operator, budget) - self.k - 4
         ample = min(self.max_matvecs, 2 * self.k + _AMPLE)
         if room < ample and operator.dtype.itemsize <= 4:
             # What storing loses is what the products lose anyway.
