@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from killed import kill_small, run_small
 
 from conditioning import theory
 from experiments import large_depth, registry
-from experiments.__main__ import main
 from experiments.data import load
 from experiments.errors import DataFormatError, ExperimentError
 from experiments.large_depth import Sizes, reference, statements, tables
@@ -280,19 +276,6 @@ def test_few_samples_of_a_sorted_file_are_of_all_classes(tmp_path):
     assert large_depth.commonest_share(some.tolist()) == 0.25
 
 
-RUN = """
-import sys
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from test_large_depth import SMALLEST
-from experiments import large_depth
-from experiments.__main__ import main
-from experiments.large_depth import figures
-figures.draw = lambda *_: None  # tables are compared
-large_depth.PRESETS["quick"] = SMALLEST
-sys.exit(main(["large_depth", "--device", "cpu", "--out", sys.argv[1], "--quiet"]))
-"""
 SMALLEST = dataclasses.replace(
     TINY, depths=(10, 20), smooth_depths=(10, 120), nets=3, law_nets=20, chain_nets=50,
     order_depths=(16, 32), map_depth=20, train_betas=(0.1, 0.9), samples=60,
@@ -300,28 +283,11 @@ SMALLEST = dataclasses.replace(
 
 
 def test_a_run_that_is_killed_ends_with_the_same_files(tmp_path, monkeypatch):
-    code = RUN.format(tests=str(ROOT / "tests"))
-
-    # Only what is killed needs a process of its own.
-    monkeypatch.setitem(large_depth.PRESETS, "quick", SMALLEST)
-    monkeypatch.setattr("experiments.large_depth.figures.draw", lambda *_: None)
-
-    def run(folder):
-        options = ["--device", "cpu", "--out", str(tmp_path / folder), "--quiet"]
-        return main(["large_depth", *options])
-
-    assert run("whole") == 0
-    killed = tmp_path / "killed"
-    store, total = killed / "cells.jsonl", len(large_depth.cells(SMALLEST, 2))
-    process = subprocess.Popen([sys.executable, "-c", code, str(killed)], cwd=ROOT)
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        if store.exists() and store.read_bytes().count(b"\n") > 0.4 * total:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_small("large_depth", SMALLEST, whole, monkeypatch) == 0
+    cells = 0.4 * len(large_depth.cells(SMALLEST, 2))
+    kill_small("large_depth", "test_large_depth", killed, cells, pause=0.002)
     assert not (killed / "verdicts.json").exists()
-    assert run("killed") == 0
+    assert run_small("large_depth", SMALLEST, killed, monkeypatch) == 0
     for name in (*(f"{table}.csv" for table in TABLES), "verdicts.json"):
-        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name

@@ -6,18 +6,14 @@ import copy
 import dataclasses
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from killed import kill_small, run_small
 
 from experiments import registry, shortcut_training
-from experiments.__main__ import main
 from experiments.models.shortcut_kinds import (
     ONE,
     ORTHOGONAL,
@@ -351,48 +347,18 @@ def test_other_data_of_another_width_are_taken(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "final_loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
-RUN = """
-import sys
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from test_shortcut_training import SMALLEST
-from experiments import shortcut_training
-from experiments.__main__ import main
-from experiments.shortcut_training import figures
-figures.draw = lambda *_: None  # tables are compared
-shortcut_training.PRESETS["quick"] = SMALLEST
-sys.exit(main(["shortcut_training", "--device", "cpu", "--out", sys.argv[1], "--quiet"]))
-"""
 SMALLEST = dataclasses.replace(
     TINY, depths=(6, 12), num_steps=20, start_depths=(2, 4), path_depths=(6,), path_steps=100
 )
 
 
 def test_a_run_that_is_killed_twice_ends_with_the_same_files(tmp_path, monkeypatch):
-    code = RUN.format(tests=str(ROOT / "tests"))
-
-    # Only what is killed needs a process of its own.
-    monkeypatch.setitem(shortcut_training.PRESETS, "quick", SMALLEST)
-    monkeypatch.setattr("experiments.shortcut_training.figures.draw", lambda *_: None)
-
-    def run(folder):
-        options = ["--device", "cpu", "--out", str(tmp_path / folder), "--quiet"]
-        return main(["shortcut_training", *options])
-
-    assert run("whole") == 0
-    killed = tmp_path / "killed"
-    store, total = killed / "cells.jsonl", len(shortcut_training.cells(SMALLEST, 2))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_small("shortcut_training", SMALLEST, whole, monkeypatch) == 0
+    total = len(shortcut_training.cells(SMALLEST, 2))
     for share in (0.3, 0.7):
-        process = subprocess.Popen([sys.executable, "-c", code, str(killed)], cwd=ROOT)
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and process.poll() is None:
-            if store.exists() and store.read_bytes().count(b"\n") > share * total:
-                break
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        kill_small("shortcut_training", "test_shortcut_training", killed, share * total, pause=0.01)
     assert not (killed / "verdicts.json").exists()
-    assert run("killed") == 0
+    assert run_small("shortcut_training", SMALLEST, killed, monkeypatch) == 0
     for name in ("best.csv", "learning_rates.csv", "curves.csv", "spectra.csv", "verdicts.json"):
-        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
